@@ -1,0 +1,27 @@
+"""Everything a package needs to say about itself stands in settings.ini; this file only passes it on."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+here = Path(__file__).resolve().parent
+settings = ConfigParser(delimiters=["="], interpolation=None)
+settings.read(here/"settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+readme = here/"README.md"
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"].split(),
+    packages=find_packages(include=["arm", "arm.*"]),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    zip_safe=False,
+)
