@@ -123,7 +123,7 @@ def show_rows(rows: dict[str, Images], # label of a row, and its images; all row
         y += part.height + pad
     return Picture(sheet)
 
-# %% ../nbs/01_show.ipynb #477ad895
+# %% ../nbs/01_show.ipynb #9b817435
 def token_colors(indices: Tensor, # (...) integers of at least 0, in any range
                  *, bits: int = 16, # bits per id; a codebook has 2**bits of them
                  ) -> Tensor: # (..., 3) floats in [0, 1)
@@ -134,7 +134,7 @@ def token_colors(indices: Tensor, # (...) integers of at least 0, in any range
 
 def show_tokens(indices: Tensor, # (N,) or (B, N) token ids, row by row
                 grid: tuple[int, int], # (h, w) with h*w = N
-                *, reference: Tensor | None = None, # ids of the same shape: where equal, the token is drawn pale; None draws all full
+                *, reference: Tensor | None = None, # ids of the same shape: where equal, the token is drawn light grey; None draws all in colour
                 titles: Sequence[str] | None = None, # one text per map; None for no text
                 bits: int = 16, # bits per id
                 scale: int = 16, # screen pixels per token
@@ -143,7 +143,7 @@ def show_tokens(indices: Tensor, # (N,) or (B, N) token ids, row by row
     h, w = grid
     if indices.shape[-1] != h*w: raise ValueError(f"{indices.shape[-1]} tokens do not fill a grid of {h} by {w}; pass the grid that came with them")
     colors = token_colors(indices, bits=bits)*2 - 1
-    if reference is not None: colors = torch.where((indices == reference)[..., None], 1 - (1-colors)*0.12, colors)
+    if reference is not None: colors[indices == reference] = .8
     return show_images(colors.reshape(-1, h, w, 3).permute(0, 3, 1, 2), titles, scale=scale)
 
 # %% ../nbs/01_show.ipynb #6170d17a
