@@ -53,14 +53,15 @@ class Caption:
     category: str  # one of `CATEGORIES`
     spec: dict     # "objects": list of {shape, color, size, place, count}, None = unsaid; "relation": [i, relation, j] or None
 
-# %% ../../nbs/10a_data.shapetext.ipynb #4be9762c
+# %% ../../nbs/10a_data.shapetext.ipynb #b9faf7c5
 def categories(
     scene: Scene, # any scene
 ) -> list[str]:   # the members of `CATEGORIES` that can caption it, in that order
     "The kinds of caption that a scene admits."
     n, shapes = len(scene.objs), {o.shape for o in scene.objs}
-    pairs = {(o.color, o.shape) for o in scene.objs}
-    fits = {"single_object": n == 1, "colors": n == 1, "two_objects": n == 2 and len(shapes) == 2, "counting": n > 1,
+    pairs, colors = {(o.color, o.shape) for o in scene.objs}, {o.color for o in scene.objs}
+    fits = {"single_object": n == 1, "colors": n == 1, "two_objects": n == 2 and len(shapes) == 2,
+            "counting": min(len(shapes), len(colors)) < n,  # something to count: two objects share shape or colour
             "position": n == 1 or n == 2 and len(pairs) == 2, "color_binding": n > 1 and len(pairs) > 1, "scene": True}
     return [c for c in CATEGORIES if fits[c]]
 
@@ -105,7 +106,7 @@ def _whole(scene, objs, rng):
     else: text = "; ".join(f"{w['place']}: {noun_phrase(w['shape'], w['color'], w['size'], article='')}" for w in wants)
     return text, wants
 
-# %% ../../nbs/10a_data.shapetext.ipynb #9fa8ad9d
+# %% ../../nbs/10a_data.shapetext.ipynb #44f5b155
 def caption(
     scene: Scene,                # what to describe
     rng: Random,                 # chooses category, order, attributes that stay unsaid, and wording
@@ -127,8 +128,8 @@ def caption(
         wants = _wants(objs, "shape", *(() if free else ("color",)), *size)
         text, relation = _position(scene, objs, wants, rng)
     else:
-        counted = [names for names in (("shape", "color"), ("shape",), ("color",), ()) if len(_wants(objs, *names)) < len(objs)]
-        wants = _wants(objs, *{"single_object": ("shape",), "two_objects": ("shape", *size), "counting": rng.choice(counted or [()]),
+        counted = [names for names in (("shape", "color"), ("shape",), ("color",)) if len(_wants(objs, *names)) < len(objs)]
+        wants = _wants(objs, *{"single_object": ("shape", *size), "two_objects": ("shape", *size), "counting": rng.choice(counted) if counted else (),
                                "colors": ("shape", "color", *size), "color_binding": ("shape", "color", *size)}[category])
         text = _join([_phrase(w, rng) for w in wants])
     return Caption(_open(text, rng, plural), category, {"objects": wants, "relation": relation})
