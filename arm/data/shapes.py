@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'SIZES', 'RADIUS', 'BACKGROUND', 'CELL', 'CANVASES', 'MAX_OBJECTS', 'HELD_OUT', 'SPLITS', 'PAIRS',
-           'SEEN_PAIRS', 'Obj', 'Scene', 'place_name', 'split_of', 'sample_scene', 'coverage', 'render', 'QA']
+           'SEEN_PAIRS', 'Obj', 'Scene', 'place_name', 'coverage', 'render', 'split_of', 'sample_scene', 'QA']
 
-# %% ../../nbs/10_data.shapes.ipynb #6c2e11b4
-import hashlib
+# %% ../../nbs/10_data.shapes.ipynb #15421db7
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -15,6 +14,8 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..core import stable_hash
 
 # %% ../../nbs/10_data.shapes.ipynb #95510dc6
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -78,52 +79,6 @@ def place_name(
     name = f"{_ROWS[rows][row]} {_COLS[cols][col]}"
     return "center" if name == "middle middle" else name
 
-# %% ../../nbs/10_data.shapes.ipynb #df2208a4
-HELD_OUT = (("green", "circle"), ("purple", "square"), ("blue", "triangle"), ("yellow", "cross"))
-SPLITS = ("train", "val", "unseen")
-PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
-
-def split_of(
-    scene: Scene, # any scene
-) -> str:         # "unseen" with a held-out pair in it, else "val" (1 of 10) or "train", by a hash of the content
-    "The one split that a scene belongs to; offsets inside the cells do not count."
-    if any((o.color, o.shape) in HELD_OUT for o in scene.objs): return "unseen"
-    key = f"{scene.rows}x{scene.cols}" + "".join(f" {o.row},{o.col}:{o.size} {o.color} {o.shape}" for o in scene.objs)
-    return "val" if int(hashlib.sha1(key.encode()).hexdigest(), 16) % 10 == 0 else "train"
-
-# %% ../../nbs/10_data.shapes.ipynb #3b9d357d
-def _draw(rng, canvas, n_objects, unseen):
-    "One scene, not yet held against the split."
-    rows, cols = canvas or rng.choice(CANVASES)
-    n = n_objects or rng.randint(1, MAX_OBJECTS)
-    pairs = [rng.choice(PAIRS if unseen else SEEN_PAIRS) for _ in range(n)]
-    if unseen: pairs[0] = rng.choice(HELD_OUT)
-    if n > 1 and rng.random() < .25:  # twins, so that counting means something
-        k = rng.randint(1, n - 1)
-        pairs[1:k + 1] = [pairs[0]] * k
-    cells = rng.sample(range(rows * cols), n)
-    return Scene(rows, cols, tuple(Obj(shape, color, rng.choice(SIZES), *divmod(cell, cols), rng.randint(-1, 1), rng.randint(-1, 1))
-                                   for (color, shape), cell in zip(pairs, cells)))
-
-# %% ../../nbs/10_data.shapes.ipynb #ce5ceffd
-def sample_scene(
-    rng: Random,                            # source of all randomness; advanced by the call
-    *,
-    canvas: tuple[int, int] | None = None,  # (rows, columns) from `CANVASES`; None draws one
-    n_objects: int | None = None,           # 1 to 4; None draws one
-    split: str = "train",                   # "train", "val" or "unseen"
-) -> Scene:                                 # a scene for which `split_of` says `split`
-    "Draw scenes until one belongs to the split."
-    if split not in SPLITS: raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-    if canvas is not None and tuple(canvas) not in CANVASES:
-        raise ValueError(f"canvas {canvas!r} is unknown; use (rows, columns) from {CANVASES}")
-    if n_objects is not None and n_objects not in range(1, MAX_OBJECTS + 1):
-        raise ValueError(f"n_objects {n_objects!r} is out of range; use 1 to {MAX_OBJECTS}")
-    while True:
-        scene = _draw(rng, canvas, n_objects, split == "unseen")
-        if split_of(scene) == split: return scene
-
 # %% ../../nbs/10_data.shapes.ipynb #e97c93ca
 def coverage(
     shape: str,     # one of `SHAPES`
@@ -157,6 +112,52 @@ def render(
         y, x = o.row * CELL, o.col * CELL
         image[:, y:y + CELL, x:x + CELL] = _tile(o.shape, o.color, o.size, o.dy, o.dx)
     return torch.from_numpy(image)
+
+# %% ../../nbs/10_data.shapes.ipynb #fd7e0744
+HELD_OUT = (("green", "circle"), ("purple", "square"), ("blue", "triangle"), ("yellow", "cross"))
+SPLITS = ("train", "val", "unseen")
+PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+def split_of(
+    scene: Scene, # any scene
+) -> str:         # "unseen" with a held-out pair in it, else "val" (1 of 10) or "train", by a hash of the content
+    "The one split that a scene belongs to; offsets inside the cells do not count."
+    if any((o.color, o.shape) in HELD_OUT for o in scene.objs): return "unseen"
+    key = f"{scene.rows}x{scene.cols}" + "".join(f" {o.row},{o.col}:{o.size} {o.color} {o.shape}" for o in scene.objs)
+    return "val" if stable_hash(key) % 10 == 0 else "train"
+
+# %% ../../nbs/10_data.shapes.ipynb #3b9d357d
+def _draw(rng, canvas, n_objects, unseen):
+    "One scene, not yet held against the split."
+    rows, cols = canvas or rng.choice(CANVASES)
+    n = n_objects or rng.randint(1, MAX_OBJECTS)
+    pairs = [rng.choice(PAIRS if unseen else SEEN_PAIRS) for _ in range(n)]
+    if unseen: pairs[0] = rng.choice(HELD_OUT)
+    if n > 1 and rng.random() < .25:  # twins, so that counting means something
+        k = rng.randint(1, n - 1)
+        pairs[1:k + 1] = [pairs[0]] * k
+    cells = rng.sample(range(rows * cols), n)
+    return Scene(rows, cols, tuple(Obj(shape, color, rng.choice(SIZES), *divmod(cell, cols), rng.randint(-1, 1), rng.randint(-1, 1))
+                                   for (color, shape), cell in zip(pairs, cells)))
+
+# %% ../../nbs/10_data.shapes.ipynb #ea2e562a
+def sample_scene(
+    rng: Random,                            # source of all randomness; advanced by the call
+    *,
+    canvas: tuple[int, int] | None = None,  # (rows, columns) from `CANVASES`; None draws one
+    n_objects: int | None = None,           # 1 to 4; None draws one
+    split: str = "train",                   # "train", "val" or "unseen"
+) -> Scene:                                 # a scene for which `split_of` says `split`
+    "Draw scenes until one belongs to the split."
+    if split not in SPLITS: raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+    if canvas is not None and canvas not in CANVASES:
+        raise ValueError(f"canvas {canvas!r} is unknown; use (rows, columns) from {CANVASES}")
+    if n_objects is not None and n_objects not in range(1, MAX_OBJECTS + 1):
+        raise ValueError(f"n_objects {n_objects!r} is out of range; use 1 to {MAX_OBJECTS}")
+    while True:
+        scene = _draw(rng, canvas, n_objects, split == "unseen")
+        if split_of(scene) == split: return scene
 
 # %% ../../nbs/10_data.shapes.ipynb #4a16a2e8
 @dataclass(frozen=True)
