@@ -176,7 +176,7 @@ def _label(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
     "The three texts of an axes, in the house sizes."
     ax.set_xlabel(xlabel, fontsize=10); ax.set_ylabel(ylabel, fontsize=10); ax.set_title(title, fontsize=11)
 
-# %% ../nbs/01_show.ipynb #72166e78
+# %% ../nbs/01_show.ipynb #3c275f66
 Curve = Sequence[float] | tuple[Sequence[float], ...]  # ys; or (xs, ys); or (xs, ys, half widths of a band)
 
 def plot_curves(curves: dict[str, Curve], # name: ys, or a tuple (xs, ys), or a tuple (xs, ys, half widths)
@@ -185,7 +185,8 @@ def plot_curves(curves: dict[str, Curve], # name: ys, or a tuple (xs, ys), or a 
                 title: str = "", # a line above
                 log: str = "", # axes with a logarithmic scale: "", "x", "y" or "xy"
                 marker: str = "", # matplotlib marker at each point, such as "o"; "" for none
-                width: float = 5, height: float = 3, # in inches of 80 pixels
+                width: float = 5, # in inches of 80 pixels
+                height: float = 3, # in inches of 80 pixels
                 ) -> Plot: # displayed by a notebook
     "Curves over a common axis, each with its band of uncertainty if given."
     fig, (ax,) = figure(width=width, height=height)
@@ -199,13 +200,14 @@ def plot_curves(curves: dict[str, Curve], # name: ys, or a tuple (xs, ys), or a 
     _label(ax, xlabel, ylabel, title)
     return fig
 
-# %% ../nbs/01_show.ipynb #3c8e8b33
+# %% ../nbs/01_show.ipynb #a82bb285
 def bars(values: dict[str, float], # name and height of each bar, in order
          *, errors: Sequence[float] | None = None, # half length of each whisker; None for no whiskers
          xlabel: str = "", # what the names are
          ylabel: str = "", # what the height is, with its unit
          title: str = "", # a line above
-         width: float = 5, height: float = 3, # in inches of 80 pixels
+         width: float = 5, # in inches of 80 pixels
+         height: float = 3, # in inches of 80 pixels
          ) -> Plot: # displayed by a notebook
     "One bar per name."
     fig, (ax,) = figure(width=width, height=height)
@@ -220,7 +222,8 @@ def histogram(values: dict[str, Tensor], # name and numbers of each series, any 
               *, bins: int = 30, # number of classes, common to all series
               xlabel: str = "", # what is measured, with its unit
               title: str = "", # a line above
-              width: float = 5, height: float = 3, # in inches of 80 pixels
+              width: float = 5, # in inches of 80 pixels
+              height: float = 3, # in inches of 80 pixels
               ) -> Plot: # displayed by a notebook
     "How often which value occurs, as shares of each series."
     fig, (ax,) = figure(width=width, height=height)
@@ -234,7 +237,9 @@ def histogram(values: dict[str, Tensor], # name and numbers of each series, any 
 def heatmap(matrix: Tensor, # (rows, columns) numbers
             *, rows: Sequence[str] | None = None, # a name per row; None numbers them
             columns: Sequence[str] | None = None, # a name per column; None numbers them
-            xlabel: str = "", ylabel: str = "", title: str = "", # texts below, at the left, above
+            xlabel: str = "", # what the columns are
+            ylabel: str = "", # what the rows are
+            title: str = "", # a line above
             digits: int | None = None, # decimals written into each field; None writes nothing
             size: float = 3.5, # of the longer side, in inches of 80 pixels
             ) -> Plot: # displayed by a notebook

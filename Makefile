@@ -1,0 +1,49 @@
+# Every target works from a bare clone: it creates .venv, installs once, then does its job.
+# Another interpreter: make demo PYTHON=python3.12          One page only: make pages PAGES="01_show"
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab pages readme train quick eval clean
+
+help: ## list these targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+# Only a change of what is to be installed installs again.
+$(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED) ## describe, generate and edit held-out pictures with the shipped model: runs/demo/report.html
+	$(BIN)/arm demo
+
+test: $(INSTALLED) ## prove that everything works
+	@$(BIN)/python tests/tools/check.py
+
+lab: $(INSTALLED) ## open the pages in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+pages: $(INSTALLED) ## run every page again, store its outputs, render the README
+	@$(BIN)/python tests/tools/pages.py $(PAGES)
+	@$(BIN)/python tests/tools/readme.py
+
+readme: $(INSTALLED) ## render README.md from nbs/index.ipynb as it is stored
+	@$(BIN)/python tests/tools/readme.py
+
+train: $(INSTALLED) ## train the shipped weights from scratch (at most 3 hours on 2 cores)
+	$(BIN)/arm train all
+
+quick: $(INSTALLED) ## train the whole chain on shapes alone (at most 25 minutes on 2 cores)
+	$(BIN)/arm train all --quick
+
+eval: $(INSTALLED) ## measure every score of the README
+	$(BIN)/arm eval
+
+clean: ## remove caches and runs; weights, data and .venv stay
+	rm -rf runs lightning_logs data/cache _proc _docs build .pytest_cache .ruff_cache .hypothesis
+	find arm nbs tests -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""Hygiene of the whole repository: what lies in it, and what must not be written in it."""
+import os
+import re
+import subprocess
+
+import pytest
+from tools.repo import ROOT, text_of, tracked
+
+TOP = {"nbs", "arm", "data", "tests", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "README.md", "Makefile", ".ci", "LICENSE",
+       "CONTRIBUTING.md", ".gitignore"}
+# put together from halves, so that this file does not hold what it looks for
+HOSTS = ["py" + "pi.org", "python" + "hosted.org", "npm" + "js.org", "npm" + "js.com", "ana" + "conda.org", "proxy.golang" + ".org", "local" + "host:", "127.0." + "0.1:"]
+MACHINE = ["/wor" + "k/", "/roo" + "t/", "/tm" + "p/", "/mn" + "t/", "/opt/wh" + "eels", "/User" + "s/", "C:\\" + "Users"]
+WORDS = [r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"\bXX" + r"X\b", r"^<<<<" + r"<<< ", r"^>>>>" + r">>> ", r"\bbreak" + r"point\(\)", r"\bimport p" + r"db\b", r"as an A" + r"I\b"]
+BAD = re.compile("|".join([re.escape(s) for s in HOSTS + MACHINE] + WORDS + [r"/hom" + r"e/\w+"]), re.M)
+
+
+@pytest.mark.parametrize("path", [str(p.relative_to(ROOT)) for p in tracked()])
+def test_names_no_machine_no_registry_and_no_unfinished_business(path):
+    text = text_of(ROOT/path)
+    if text is None or path == "LICENSE": return
+    if path.endswith(".ipynb"): text = re.sub(r'"image/[^"]+": "[^"]*"', "", text)
+    m = BAD.search(text)
+    assert m is None, f"{path}: {text[max(0, m.start()-40):m.end()+40]!r}"
+
+
+def test_only_what_belongs_lies_at_the_top():
+    assert {p.relative_to(ROOT).parts[0] for p in tracked()} <= TOP
+
+
+def test_caches_and_runs_are_ignored():
+    inside = ["data/cache/x.npz", "runs/demo/report.html", ".venv/bin/python", "lightning_logs/version_0/x", "a.ckpt", "nbs/.ipynb_checkpoints/x.ipynb", "arm.egg-info/PKG-INFO"]
+    done = subprocess.run(["git", "check-ignore", "--no-index", *inside], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == inside
+
+
+def test_continuous_integration_runs_the_tests():
+    assert os.access(ROOT/".ci/run", os.X_OK) and "make test" in (ROOT/".ci/run").read_text()
+
+
+def test_constraints_pin_every_requirement_and_nothing_else():
+    from configparser import ConfigParser
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT/"settings.ini")
+    asked = {re.match(r"[\w.-]+", r)[0] for k in ("requirements", "dev_requirements") for r in settings["DEFAULT"][k].split()}
+    pinned = {line.split("==")[0] for line in (ROOT/"constraints.txt").read_text().splitlines() if line and line[0] != "#"}
+    assert asked == pinned
