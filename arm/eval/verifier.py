@@ -48,6 +48,23 @@ def templates() -> tuple[list[tuple], Tensor]: # M = 1,352 keys (shape, size, dy
     masks = torch.stack([torch.from_numpy(coverage(*key)) for key in keys])
     return keys, soften(masks[:, None]).flatten(1)
 
+# %% ../../nbs/50_eval.verifier.ipynb #667fe0ab
+@torch.no_grad()
+def _match(cells):
+    "(template, colour, overlap) of each cell, from its softened difference (cells, 3, 256) from the background."
+    _, masks = templates()
+    ink = torch.tensor(list(COLORS.values()), dtype=torch.float32) - BACKGROUND           # (8, 3)
+    inner = torch.einsum("kcm,nc->kmn", cells @ masks.T, ink)                             # <cell, mask x ink>
+    error = masks.square().sum(1)[:, None] * ink.square().sum(1) - 2 * inner              # squared error up to |cell|^2
+    best = error.flatten(1).argmin(1)
+    m, n = best // len(ink), best % len(ink)
+    norm = ink[n].norm(dim=1)[:, None]
+    mask = _stretch(masks[m])
+    seen = _stretch(cells.norm(dim=1) / norm)                                             # how much is there at all
+    fits = _stretch(1 - (cells - ink[n][:, :, None]).norm(dim=1) / norm)                  # how much of it has the colour
+    overlap = torch.minimum(mask, fits).sum(1) / torch.maximum(mask, seen).sum(1)
+    return list(zip(m.tolist(), n.tolist(), overlap.tolist()))
+
 # %% ../../nbs/50_eval.verifier.ipynb #64573010
 @dataclass(frozen=True)
 class Reading:
@@ -79,23 +96,6 @@ def _pixels(images):
     if not images.is_floating_point() or not images.isfinite().all() or images.min() < -1.5 or images.max() > 1.5:
         raise ValueError(f"pixels of {images.dtype} from {images.min():.4g} to {images.max():.4g}; use uint8, or finite floats in -1 to 1")
     return (images.float().clamp(-1, 1) + 1) * 127.5
-
-# %% ../../nbs/50_eval.verifier.ipynb #667fe0ab
-@torch.no_grad()
-def _match(cells):
-    "(template, colour, overlap) of each cell, from its softened difference (cells, 3, 256) from the background."
-    _, masks = templates()
-    ink = torch.tensor(list(COLORS.values()), dtype=torch.float32) - BACKGROUND           # (8, 3)
-    inner = torch.einsum("kcm,nc->kmn", cells @ masks.T, ink)                             # <cell, mask x ink>
-    error = masks.square().sum(1)[:, None] * ink.square().sum(1) - 2 * inner              # squared error up to |cell|^2
-    best = error.flatten(1).argmin(1)
-    m, n = best // len(ink), best % len(ink)
-    norm = ink[n].norm(dim=1)[:, None]
-    mask = _stretch(masks[m])
-    seen = _stretch(cells.norm(dim=1) / norm)                                             # how much is there at all
-    fits = _stretch(1 - (cells - ink[n][:, :, None]).norm(dim=1) / norm)                  # how much of it has the colour
-    overlap = torch.minimum(mask, fits).sum(1) / torch.maximum(mask, seen).sum(1)
-    return list(zip(m.tolist(), n.tolist(), overlap.tolist()))
 
 # %% ../../nbs/50_eval.verifier.ipynb #b3651624
 def parse_batch(
@@ -191,6 +191,35 @@ def _differences(reading, wanted, cells):
     return wrong + [f"{_at(reading, o)} should not be there" for cell, o in seen.items() if cell in cells and cell not in wanted_cells]
 
 # %% ../../nbs/50_eval.verifier.ipynb #ed26db69
+def _fit(reading, scene):
+    if (reading.rows, reading.cols) != (scene.rows, scene.cols):
+        raise ValueError(f"a picture of {reading.rows}x{reading.cols} cells against a scene of {scene.rows}x{scene.cols}; give both the same canvas")
+
+def judge_scene(
+    image: Tensor | Reading, # a picture, or what `parse` made of it
+    scene: Scene,            # what it should show
+) -> Verdict:                # ok when every object is there, alike, within 3 px, and nothing else
+    "Judge a reconstruction: is the same scene read back?"
+    reading = _reading(image)
+    _fit(reading, scene)
+    reasons = _differences(reading, scene.objs, set(product(range(scene.rows), range(scene.cols))))
+    return Verdict(not reasons, reasons, "scene")
+
+def judge_edit(
+    image: Tensor | Reading, # the edited picture, or what `parse` made of it
+    source: Scene,           # the scene before
+    edit: Edit,              # the instruction and the scene that it must lead to
+) -> Verdict:                # ok when `.instruction` (the change is there) and `.kept` (the rest is untouched)
+    "Judge an edit by the whole target scene, and say which half failed."
+    reading, target = _reading(image), edit.target
+    _fit(reading, target)
+    cells = set(product(range(target.rows), range(target.cols)))
+    changed = {(o.row, o.col) for o in set(source.objs) ^ set(target.objs)}
+    done = _differences(reading, [o for o in target.objs if (o.row, o.col) in changed], changed)
+    kept = _differences(reading, [o for o in target.objs if (o.row, o.col) not in changed], cells - changed)
+    return Verdict(not done + kept, done + kept, edit.kind, instruction=not done, kept=not kept)
+
+# %% ../../nbs/50_eval.verifier.ipynb #73945811
 def _fit(reading, scene):
     if (reading.rows, reading.cols) != (scene.rows, scene.cols):
         raise ValueError(f"a picture of {reading.rows}x{reading.cols} cells against a scene of {scene.rows}x{scene.cols}; give both the same canvas")
