@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from .core import atomic_write, config_to_dict, stable_hash
 from .show import Table, table
 
-# %% ../nbs/02_ablate.ipynb #98e65054
+# %% ../nbs/02_ablate.ipynb #f485d7e2
 def _read(path: Path) -> list[dict]:
     "The rows of a results file; numbers as floats, seeds as integers."
     if not path.exists(): return []
@@ -29,6 +29,7 @@ def _write(path: Path, rows: list[dict]) -> None:
     writer.writeheader(); writer.writerows(rows)
     atomic_write(path, text.getvalue())
 
+# %% ../nbs/02_ablate.ipynb #22da3047
 def ablate(variants: dict[str, object], # question in five words: config (a dataclass); the first is the base
            train: Callable[[object, int], dict[str, float]], # `train(config, seed)` gives the measured numbers by name
            *, seeds: int | list[int] = 3, # which seeds; a number n stands for 0 to n-1

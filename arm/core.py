@@ -143,12 +143,13 @@ def count_parameters(module: nn.Module, # any module, on any device (`meta` too)
     "The number of parameters of a module."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
-# %% ../nbs/00_core.ipynb #4aafd909
+# %% ../nbs/00_core.ipynb #e7528dcf
 def config_to_dict(config: object, # a dataclass instance; fields may be dataclasses and tuples
                    ) -> dict: # plain dictionaries, lists, strings and numbers, ready for JSON
     "The fields of a config as plain data."
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
+# %% ../nbs/00_core.ipynb #2b1e5d6d
 def _fit(value: object, kind: type, name: str) -> object:
     "`value` as the annotated type `kind`, or a `ValueError` that names the field."
     origin, args = typing.get_origin(kind), typing.get_args(kind)

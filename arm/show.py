@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Images', 'COLORS', 'Curve', 'Picture', 'image_grid', 'show_images', 'show_rows', 'token_colors', 'show_tokens',
-           'Plot', 'figure', 'plot_curves', 'bars', 'histogram', 'heatmap', 'Table', 'table']
+           'Plot', 'figure', 'plot_curves', 'bars', 'heatmap', 'histogram', 'Table', 'table']
 
 # %% ../nbs/01_show.ipynb #a699199c
 import io, math
@@ -59,7 +59,7 @@ def image_grid(images: Images, # (B, 3, H, W) or a list of (3, H, W); bytes or f
     for k, p in enumerate(pils): grid.paste(p, (k%n*(w+pad) + (w-p.width)//2, k//n*(h+pad) + (h-p.height)//2))
     return grid
 
-# %% ../nbs/01_show.ipynb #3bed3518
+# %% ../nbs/01_show.ipynb #db74ed00
 def _font(size: int = 11) -> ImageFont.FreeTypeFont:
     "The sans-serif font that matplotlib brings along."
     return ImageFont.truetype(Path(matplotlib.get_data_path())/"fonts/ttf/DejaVuSans.ttf", size)
@@ -77,6 +77,7 @@ def _auto(images: Images) -> int:
     "The scale at which the longest side is about 96 pixels."
     return max(1, round(96/max(max(i.shape[-2:]) for i in images))) if len(images) else 1
 
+# %% ../nbs/01_show.ipynb #5acf4fb5
 def show_images(images: Images, # (B, 3, H, W) or a list of (3, H, W); bytes or floats in [-1, 1]
                 titles: Sequence[str] | None = None, # one text per image, set under it; None for no text
                 *, ncols: int = 8, # images per row
@@ -200,7 +201,7 @@ def plot_curves(curves: dict[str, Curve], # name: ys, or a tuple (xs, ys), or a 
     _label(ax, xlabel, ylabel, title)
     return fig
 
-# %% ../nbs/01_show.ipynb #a82bb285
+# %% ../nbs/01_show.ipynb #a5e30929
 def bars(values: dict[str, float], # name and height of each bar, in order
          *, errors: Sequence[float] | None = None, # half length of each whisker; None for no whiskers
          xlabel: str = "", # what the names are
@@ -218,22 +219,7 @@ def bars(values: dict[str, float], # name and height of each bar, in order
     _label(ax, xlabel, ylabel, title)
     return fig
 
-def histogram(values: dict[str, Tensor], # name and numbers of each series, any shape
-              *, bins: int = 30, # number of classes, common to all series
-              xlabel: str = "", # what is measured, with its unit
-              title: str = "", # a line above
-              width: float = 5, # in inches of 80 pixels
-              height: float = 3, # in inches of 80 pixels
-              ) -> Plot: # displayed by a notebook
-    "How often which value occurs, as shares of each series."
-    fig, (ax,) = figure(width=width, height=height)
-    flat = {name: torch.as_tensor(v).detach().float().flatten().cpu().numpy() for name, v in values.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), bins)
-    for name, v in flat.items(): ax.hist(v, edges, weights=np.full(len(v), 1/len(v)), alpha=.55, label=name)
-    if len(flat) > 1 or next(iter(flat), ""): ax.legend(frameon=False, fontsize=9)
-    _label(ax, xlabel, "share", title)
-    return fig
-
+# %% ../nbs/01_show.ipynb #a17d1ce0
 def heatmap(matrix: Tensor, # (rows, columns) numbers
             *, rows: Sequence[str] | None = None, # a name per row; None numbers them
             columns: Sequence[str] | None = None, # a name per column; None numbers them
@@ -257,6 +243,23 @@ def heatmap(matrix: Tensor, # (rows, columns) numbers
         for (i, j), v in np.ndenumerate(m):
             ax.text(j, i, f"{v:.{digits}f}", ha="center", va="center", fontsize=8, color="white" if shown.norm(v) > .6 else "#222")
     _label(ax, xlabel, ylabel, title)
+    return fig
+
+# %% ../nbs/01_show.ipynb #3b4b161c
+def histogram(values: dict[str, Tensor], # name and numbers of each series, any shape
+              *, bins: int = 30, # number of classes, common to all series
+              xlabel: str = "", # what is measured, with its unit
+              title: str = "", # a line above
+              width: float = 5, # in inches of 80 pixels
+              height: float = 3, # in inches of 80 pixels
+              ) -> Plot: # displayed by a notebook
+    "How often which value occurs, as shares of each series."
+    fig, (ax,) = figure(width=width, height=height)
+    flat = {name: torch.as_tensor(v).detach().float().flatten().cpu().numpy() for name, v in values.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), bins)
+    for name, v in flat.items(): ax.hist(v, edges, weights=np.full(len(v), 1/len(v)), alpha=.55, label=name)
+    if len(flat) > 1 or next(iter(flat), ""): ax.legend(frameon=False, fontsize=9)
+    _label(ax, xlabel, "share", title)
     return fig
 
 # %% ../nbs/01_show.ipynb #ab8d704f
