@@ -20,19 +20,19 @@ from ..data.shapes import BACKGROUND, CANVASES, CELL, COLORS, SHAPES, SIZES, Obj
 from ..data.shapetasks import Edit
 from ..data.shapetext import Caption, holds, noun_phrase
 
-# %% ../../nbs/50_eval.verifier.ipynb #73ecbbbb
+# %% ../../nbs/50_eval.verifier.ipynb #2ca213b5
 GATE = .8            # least overlap (soft IoU) between what is seen and the best template
 NEAR = 3.            # px that a centre may be off
 _EMPTY = 6.          # px of foreground below which a cell counts as empty
 _FAINT = min(sum((v - BACKGROUND)**2 for v in rgb)**.5 for rgb in COLORS.values())  # distance of the palest colour from the background
-_BLUR = torch.tensor([.21, .58, .21])  # Gaussian of sigma .7 px
+_BLUR = torch.tensor([.0545, .2442, .4026, .2442, .0545])  # Gaussian of sigma 1 px
 
 def soften(
     images: Tensor, # (B, C, H, W) float
 ) -> Tensor:        # (B, C, H, W)
-    "Blur by sigma .7 px: noise goes down by 2.4, and sharp and soft renderings come to look alike."
+    "Blur by sigma 1 px: noise goes down by 3.5, and sharp and soft renderings come to look alike."
     kernel = (_BLUR[:, None] * _BLUR)[None, None]
-    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    padded = F.pad(images, (2, 2, 2, 2), mode="replicate")
     return rearrange(F.conv2d(rearrange(padded, "b c h w -> (b c) 1 h w"), kernel), "(b c) 1 h w -> b c h w", c=images.shape[1])
 
 def _stretch(a):
