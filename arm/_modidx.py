@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'arm.model.sequence.qa_sample': ('model.sequence.html#qa_sample', 'arm/model/sequence.py'),
                                     'arm.model.sequence.segments': ('model.sequence.html#segments', 'arm/model/sequence.py'),
                                     'arm.model.sequence.split_batch': ('model.sequence.html#split_batch', 'arm/model/sequence.py'),
+                                    'arm.model.sequence.text_ids': ('model.sequence.html#text_ids', 'arm/model/sequence.py'),
                                     'arm.model.sequence.text_sample': ('model.sequence.html#text_sample', 'arm/model/sequence.py'),
                                     'arm.model.sequence.visual_positions': ( 'model.sequence.html#visual_positions',
                                                                              'arm/model/sequence.py')},
