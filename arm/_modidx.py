@@ -287,6 +287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'arm.model.sequence.Vocab.shape_id': ('model.sequence.html#vocab.shape_id', 'arm/model/sequence.py'),
                                     'arm.model.sequence.Vocab.visual_ids': ( 'model.sequence.html#vocab.visual_ids',
                                                                              'arm/model/sequence.py'),
+                                    'arm.model.sequence.check_whole': ('model.sequence.html#check_whole', 'arm/model/sequence.py'),
                                     'arm.model.sequence.image_ids': ('model.sequence.html#image_ids', 'arm/model/sequence.py'),
                                     'arm.model.sequence.image_sample': ('model.sequence.html#image_sample', 'arm/model/sequence.py'),
                                     'arm.model.sequence.pack': ('model.sequence.html#pack', 'arm/model/sequence.py'),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# %% ../../nbs/10e_data.emojiart.ipynb #b1636b5d
+# %% ../../nbs/10e_data.emojiart.ipynb #8f709842
 def read_svg(
     hexcode:str, # code points in hexadecimal, joined by hyphens, as OpenMoji names its files
 ) -> str: # SVG text with layers "color", "hair", "skin", "skin-shadow" and "line"
@@ -33,7 +33,7 @@ def rasterise(
 ) -> np.ndarray: # (3, size, size) uint8, on white
     "Render one picture with resvg."
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1).copy()
 
 # %% ../../nbs/10e_data.emojiart.ipynb #858d89c1
 _COLOUR = re.compile(r"#(?:[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b")
@@ -103,7 +103,7 @@ def palette_counts(
     distance, nearest = torch.cdist(picture.flatten(1).T.float(), _RGB).min(1)
     return torch.bincount(nearest[distance <= tolerance], minlength=len(PALETTE))
 
-# %% ../../nbs/10e_data.emojiart.ipynb #cd74d3f2
+# %% ../../nbs/10e_data.emojiart.ipynb #fbb6627a
 def read_tone(
     picture:Tensor, # (3, H, W) uint8
     share:float=.0035, # smallest share of the pixels that counts as skin (8 pixels of 48x48)
@@ -119,7 +119,7 @@ def main_colour(
     share:float=.6, # smallest share of the coloured pixels
 ) -> str: # a name of `NAMED`, "" where none dominates
     "The named colour that fills most of what is neither black nor white."
-    n = palette_counts(picture, 24.)
+    n = palette_counts(picture, 4.)  # tight: grey edges of black lines must not count as grey areas
     n[-2:] = 0
     total = {name: int(sum(n[PALETTE.index(c)] for c in cs)) for name, cs in NAMED.items()}
     best = max(total, key=total.get)
