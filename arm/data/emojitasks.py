@@ -35,7 +35,7 @@ class Pair:
     value: str  # what the picture after has: "dark", "woman", "three-thirty", "add mask" ...
     split: str  # "train"; "combo": the target is held out; "source": only the source is; "concept"; "pair": seen pictures, unseen pair
 
-# %% ../../nbs/11a_data.emojitasks.ipynb #119e55a5
+# %% ../../nbs/11a_data.emojitasks.ipynb #3c7f7712
 COLOUR_WORDS = ("light blue", "red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "pink", "grey")
 _COLOURS = re.compile(rf"\b({'|'.join(COLOUR_WORDS)})\b")
 _DIRECTIONS = re.compile(r"(?<![\w-])(left|right|up|down)(?:-facing|wards)?(?![\w-])")
@@ -58,7 +58,7 @@ def _families(rows):
         if r.subgroup == "sky-weather" and _MOON.fullmatch(text): out["moon"][""].append((i, text))
         start, mark, end = text.partition(":")
         thing, _, extra = start.partition(" with ")
-        out["attribute"][thing, mark + end, r.group].append((i, extra))
+        if extra != "white cane": out["attribute"][thing, mark + end, r.group].append((i, extra))  # with a cane people are drawn whole, without as a bust
     return out
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #ad755f04

@@ -94,7 +94,7 @@ def read_table(
                           tones[0] if len(tones) == 1 else 0, name, r["base"], **describe(r["base"] or r["hexcode"])))
     return rows
 
-# %% ../../nbs/11_data.openmoji.ipynb #850dfc78
+# %% ../../nbs/11_data.openmoji.ipynb #2ae06f94
 def _share(*parts): return stable_hash(*parts) / 2**63  # a stable number in [0, 1)
 
 def _clusters(groups):
@@ -110,45 +110,7 @@ def _clusters(groups):
             if a != b: parent[max(a, b)] = a = min(a, b)
     return {x: find(x) for x in list(parent)}
 
-CLOSED = ("time", "keycap")  # subgroups of closed families: their pictures are all seen, pairs of them are held out instead
-
-def split_rows(
-    rows:list[Emoji], # the true rows
-    pictures:list[bytes], # one hash of the pixels per row
-    *,
-    combo_share:float=.15, # share of (concept, hair, tone) units held out
-    concept_share:float=.05, # share of whole concepts held out
-    salt:str="openmoji-43", # another salt is another split
-) -> list[str]: # "train", "combo" or "concept" per row
-    "Hold out combinations and whole concepts; rows that share a picture or a caption share a side."
-    twins = defaultdict(list)
-    for i, (r, p) in enumerate(zip(rows, pictures)):
-        twins[p].append(i)
-        twins[r.annotation.lower()].append(i)
-    concept = _clusters([[rows[i].concept for i in t] for t in twins.values()])
-    open_ = {concept[r.concept] for r in rows if r.subgroup in CLOSED or r.group == "component" or "moon" in r.annotation}
-    held = {c for c in set(concept.values()) - open_ if _share(salt, "concept", c) < concept_share}
-    unit = _clusters([[rows[i].unit for i in t] for t in twins.values() if all(rows[i].tone for i in t)])
-    free = {unit[rows[i].unit] for t in twins.values() if len({rows[i].tone for i in t}) > 1 for i in t if rows[i].tone and rows[i].unit in unit}
-    combo = {u for u in set(unit.values()) - free if _share(salt, "combo", u) < combo_share}
-    return ["concept" if concept[r.concept] in held else "combo" if r.tone and unit.get(r.unit) in combo else "train" for r in rows]
-
-# %% ../../nbs/11_data.openmoji.ipynb #2a253237
-def _share(*parts): return stable_hash(*parts) / 2**63  # a stable number in [0, 1)
-
-def _clusters(groups):
-    "Union-find: item -> a name shared by all items that some group joins."
-    parent = {}
-    def find(x):
-        while parent.setdefault(x, x) != x: parent[x] = x = parent[parent[x]]
-        return x
-    for first, *rest in groups:
-        a = find(first)
-        for x in rest:
-            b = find(x)
-            if a != b: parent[max(a, b)] = a = min(a, b)
-    return {x: find(x) for x in list(parent)}
-
+# %% ../../nbs/11_data.openmoji.ipynb #bf2ea833
 CLOSED = ("time", "keycap")  # subgroups of closed families: their pictures are all seen, pairs of them are held out instead
 
 def split_rows(

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PATTERN', 'DEFAULT', 'TextTokenizer', 'training_texts', 'train_default_tokenizer', 'default_tokenizer']
 
-# %% ../../nbs/12_data.text.ipynb #806f051a
+# %% ../../nbs/12_data.text.ipynb #907be62c
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..core import atomic_write
@@ -30,50 +29,14 @@ def _byte_level(vocab_free_model):
     out.decoder = decoders.ByteLevel()
     return out
 
-# %% ../../nbs/12_data.text.ipynb #bf94ba40
+# %% ../../nbs/12_data.text.ipynb #24a7f2b0
 class TextTokenizer:
     "Text to ids and back, exactly; what looks like a special token in a user's text is plain text."
     def __init__(self,
         tokenizer:Tokenizer, # of the `tokenizers` library, byte-level
     ):
-        tokenizer.encode_special_tokens = True  # "<|im_end|>" typed by a user is eight characters or so, never an order
+        tokenizer.encode_special_tokens = True  # "<|im_end|>" typed by a user is ten characters, never an order
         self.tokenizer = tokenizer
-
-    @classmethod
-    def train(cls,
-        texts:Iterable[str], # training texts
-        vocab_size:int=2048, # ids in all, the 256 bytes included
-    ) -> "TextTokenizer": # with at most `vocab_size` ids
-        "Learn merges (Sennrich et al. 2016, algorithm 1); the same texts give the same merges."
-        if vocab_size < 256: raise ValueError(f"vocab_size {vocab_size}: 256 bytes need an id each; pass at least 256")
-        tokenizer = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer)
-
-    @classmethod
-    def from_file(cls,
-        path:str|Path, # a file in the format of `tokenizer.json`
-    ) -> "TextTokenizer":
-        "Load what `save` wrote."
-        try: return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError: raise ValueError(f"{path}: no such file; pass a tokenizer.json or train one with `TextTokenizer.train`") from None
-        except Exception as e: raise ValueError(f"{path}: not a tokenizer ({str(e)[:80]}); it must be the JSON of the `tokenizers` library") from None
-
-    @classmethod
-    def from_pretrained(cls,
-        folder:str|Path, # a folder with `tokenizer.json` or `vocab.json` and `merges.txt`, or a hub id
-    ) -> "TextTokenizer":
-        "Load Qwen2.5's vocabulary, or any other byte-level one."
-        if (file := Path(folder)/"tokenizer.json").exists(): return cls.from_file(file)
-        try: return cls(transformers.AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer)
-        except Exception as e: raise ValueError(f"{folder}: no tokenizer there ({str(e).splitlines()[0][:80]}); it must hold tokenizer.json, or vocab.json and merges.txt") from None
-
-    def save(self,
-        path:str|Path, # file to write; replaced in one step
-    ) -> None:
-        "Write one JSON file."
-        atomic_write(path, self.tokenizer.to_str(pretty=False))
 
     @property
     def vocab_size(self) -> int: return self.tokenizer.get_vocab_size(with_added_tokens=True)
@@ -93,6 +56,43 @@ class TextTokenizer:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"ids from {min(ids)} to {max(ids)}: text ids lie in [0, {self.vocab_size}); cut special and visual ids away first")
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def save(self,
+        path:str|Path, # file to write; replaced in one step
+    ) -> None:
+        "Write one JSON file."
+        atomic_write(path, self.tokenizer.to_str(pretty=False))
+
+# %% ../../nbs/12_data.text.ipynb #2a07ce4e
+def _train(
+    texts:Iterable[str], # training texts
+    vocab_size:int=2048, # ids in all, the 256 bytes included
+) -> TextTokenizer: # with at most `vocab_size` ids
+    "Learn merges (Sennrich et al. 2016, algorithm 1); the same texts give the same merges."
+    if vocab_size < 256: raise ValueError(f"vocab_size {vocab_size}: 256 bytes need an id each; pass at least 256")
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(tokenizer)
+
+def _from_file(
+    path:str|Path, # a file in the format of `tokenizer.json`
+) -> TextTokenizer:
+    "Load what `save` wrote."
+    try: return TextTokenizer(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError: raise ValueError(f"{path}: no such file; pass a tokenizer.json or train one with `TextTokenizer.train`") from None
+    except Exception as e: raise ValueError(f"{path}: not a tokenizer ({str(e)[:80]}); it must be the JSON of the `tokenizers` library") from None
+
+def _from_pretrained(
+    folder:str|Path, # a folder with `tokenizer.json` or `vocab.json` and `merges.txt`, or a hub id
+) -> TextTokenizer:
+    "Load Qwen2.5's vocabulary, or any other byte-level one."
+    if (file := Path(folder)/"tokenizer.json").exists(): return _from_file(file)
+    from transformers import AutoTokenizer  # over a second to import: only this path needs it
+    try: return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer)
+    except Exception as e: raise ValueError(f"{folder}: no tokenizer there ({str(e).splitlines()[0][:80]}); it must hold tokenizer.json, or vocab.json and merges.txt") from None
+
+TextTokenizer.train, TextTokenizer.from_file, TextTokenizer.from_pretrained = map(staticmethod, (_train, _from_file, _from_pretrained))
 
 # %% ../../nbs/12_data.text.ipynb #3b203a13
 def training_texts(
