@@ -1,0 +1,417 @@
+"""The command line as strangers use it: what must work, and what must be refused in one line with nothing left behind."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from tools.strangers import encoded, files, note, png, png16, refusal, run, scene, untrained
+
+from arm.app import cli
+
+ARM = Path(sys.executable).parent/"arm"
+RIGHT = scene()  # 48 px wide, 32 px high
+PIXELS = np.asarray(RIGHT)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory): return untrained(tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RIGHT.save("in.png")
+    return tmp_path
+
+
+def refused(here, *argv) -> str:
+    "The line of a refusal that leaves every file as it was."
+    before = files(here)
+    line = refusal(*run(*argv))
+    assert files(here) == before, f"left behind: {set(files(here)) ^ set(before)}"
+    return line
+
+
+# ---- pictures that work -------------------------------------------------------------------------------------------------------
+
+def half_clear(im):
+    "The left half as it is; the right half invisible, and black underneath."
+    out = im.convert("RGBA")
+    out.paste((0, 0, 0, 0), (im.width//2, 0, im.width, im.height))
+    return out
+
+
+def half_white(im):
+    out = im.copy()
+    out.paste("white", (im.width//2, 0, im.width, im.height))
+    return out
+
+
+def lab(im): return ImageCms.profileToProfile(im, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+
+
+GREY = RIGHT.convert("L")
+WIDE = np.asarray(GREY).astype(np.uint16)*257
+FOUR = RIGHT.quantize(16, dither=Image.Dither.NONE)
+SAME = {  # name: (bytes of a file, the picture that must be seen in it)
+    "rgba.png": (encoded(half_clear(RIGHT), "PNG"), half_white(RIGHT)),
+    "rgba.webp": (encoded(half_clear(RIGHT), "WEBP", lossless=True), half_white(RIGHT)),
+    "grey-alpha.png": (encoded(half_clear(GREY.convert("RGB")).convert("LA"), "PNG"), half_white(GREY.convert("RGB"))),
+    "16bit-grey.png": (encoded(Image.fromarray(WIDE), "PNG"), GREY),
+    "16bit-grey.tiff": (encoded(Image.fromarray(WIDE), "TIFF"), GREY),
+    "16bit-rgb.png": (png16(PIXELS.astype(np.uint16)*257), RIGHT),
+    "32bit.tiff": (encoded(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), GREY),
+    "float.tiff": (encoded(Image.fromarray((np.asarray(GREY)/255).astype(np.float32)), "TIFF"), GREY),
+    "palette.png": (encoded(FOUR, "PNG"), FOUR.convert("RGB")),
+    "palette.gif": (encoded(FOUR, "GIF"), FOUR.convert("RGB")),
+    "cmyk.tiff": (encoded(RIGHT.convert("CMYK"), "TIFF"), RIGHT.convert("CMYK").convert("RGB")),
+    "grey.png": (encoded(GREY, "PNG"), GREY),
+    "two-levels.png": (encoded(GREY.convert("1"), "PNG"), GREY.convert("1")),
+    "animated.gif": (encoded(FOUR, "GIF", save_all=True, append_images=[Image.new("L", RIGHT.size)]*3), FOUR.convert("RGB")),
+    "animated.png": (encoded(RIGHT, "PNG", save_all=True, append_images=[Image.new("RGB", RIGHT.size)]), RIGHT),
+    "animated.webp": (encoded(RIGHT, "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", RIGHT.size)]), RIGHT),
+    "upside-down.png": (encoded(RIGHT.rotate(180), "PNG", exif=note(3)), RIGHT),
+    "sideways.png": (encoded(RIGHT.transpose(Image.Transpose.ROTATE_90), "PNG", exif=note(6)), RIGHT),
+    "sideways.tiff": (encoded(RIGHT.transpose(Image.Transpose.ROTATE_270), "TIFF", exif=note(8)), RIGHT),
+    "wrong-suffix.jpg": (encoded(RIGHT, "PNG"), RIGHT),
+    "плохое имя 🙂.png": (encoded(RIGHT, "PNG"), RIGHT),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_reads_every_kind_of_picture_exactly(name, here, model):
+    data, seen = SAME[name]
+    Path(name).write_bytes(data)
+    seen.convert("RGB").save("plain.png")
+    for source, out in ((name, "a.png"), ("plain.png", "b.png")):
+        code, said, err = run("reconstruct", source, "-o", out, "--model", model)
+        assert (code, err) == (0, "") and out in said
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes() and Image.open("a.png").size == RIGHT.size
+
+
+@pytest.mark.parametrize("name, data", {
+    "photo.jpg": encoded(RIGHT, "JPEG"), "inks.jpg": encoded(RIGHT.convert("CMYK"), "JPEG"), "lab.tiff": encoded(lab(RIGHT), "TIFF"), "pic.bmp": encoded(RIGHT, "BMP"),
+    "pic.ppm": encoded(RIGHT, "PPM"), "pic.ico": encoded(RIGHT, "ICO"), "pic.jp2": encoded(RIGHT, "JPEG2000")}.items())
+def test_reads_other_formats(name, data, here, model):
+    Path(name).write_bytes(data)
+    assert run("reconstruct", name, "-o", "out.png", "--model", model)[0] == 0
+
+
+@pytest.mark.parametrize("w, h, fitted", [(640, 480, (48, 32)), (480, 640, (32, 48)), (500, 500, (48, 48)), (1, 1, (48, 48)), (3000, 2, (48, 32)), (1, 5000, (32, 48)), (47, 48, (48, 48))])
+def test_fits_any_size_and_says_so(w, h, fitted, here, model):
+    Image.new("RGB", (w, h), "red").save("any.png")
+    code, _, err = run("reconstruct", "any.png", "-o", "out.png", "--model", model)
+    assert code == 0 and Image.open("out.png").size == fitted
+    assert err.startswith("note: any.png: ") and err.count("\n") == 1 and all(str(n) in err for n in (w, h, *fitted))
+
+
+def test_known_sizes_pass_without_a_note(here, model):
+    for canvas in ((2, 2), (2, 3), (3, 2), (3, 3)):
+        scene(1, canvas).save("known.png")
+        assert run("reconstruct", "known.png", "-o", "out.png", "--model", model)[::2] == (0, "")
+
+
+# ---- words --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt", ["a red circle", "красный круг", "赤い丸の上に青い四角", "دائرة حمراء فوق مربع", "लाल वृत्त", "עיגול אדום", "🔴 above 🟦", "👩🏾\u200d🚒", "e\u0301", "a\tb\nc", "-- not an option", "%s {0} $HOME \\", "\x00\x1b[31m"])
+def test_prompts_in_any_script(prompt, here, model):
+    assert run("imagine", "--size", "8x8", "-o", "out.png", "--model", model, "--", prompt)[0] == 0
+    assert run("edit", "-o", "out.png", "--model", model, "--", "in.png", prompt)[0] == 0
+    assert run("ask", "--model", model, "--", "in.png", prompt)[0] == 0
+
+
+@pytest.mark.parametrize("prompt, says", [("", "empty"), (" \n\t", "empty"), ("red " * 500, "shorten"), ("円" * 100_000, "shorten"), ("\udcff\udcfe", "UTF-8")])
+def test_refuses_no_words_too_many_words_and_no_text(prompt, says, here, model):
+    for argv in (["imagine", prompt], ["edit", "in.png", prompt], ["ask", "in.png", prompt]):
+        assert says in refused(here, *argv, "--model", model)
+
+
+# ---- what comes out -----------------------------------------------------------------------------------------------------------
+
+def test_imagine_writes_what_was_asked(here, model):
+    code, out, err = run("imagine", "a cat", "--size", "32x48", "--n", 3, "--seed", 5, "-o", "new/cat.png", "--model", model)
+    assert (code, err) == (0, "") and sorted(files(here/"new")) == ["cat-1.png", "cat-2.png", "cat-3.png"] and out.count("wrote") == 3
+    assert {Image.open(p).size for p in (here/"new").iterdir()} == {(48, 32)}
+    assert len({p.read_bytes() for p in (here/"new").iterdir()}) == 3
+    run("imagine", "a cat", "--size", "32x48", "--seed", 6, "-o", "again.png", "--model", model)
+    assert Path("again.png").read_bytes() == (here/"new/cat-2.png").read_bytes(), "picture i of seed s is the picture of seed s + i"
+
+
+@pytest.mark.parametrize("suffix", cli.SUFFIXES)
+def test_writes_the_format_of_the_suffix(suffix, here, model):
+    assert run("reconstruct", "in.png", "-o", f"out{suffix}", "--zoom", 3, "--model", model)[0] == 0
+    im = Image.open(f"out{suffix}")
+    assert im.size == (144, 96) and suffix[1:3] in im.format.lower()
+
+
+def test_names_of_its_own_where_none_is_given(here, model):
+    for argv in (["imagine", "a cat"], ["edit", "in.png", "make it red"], ["reconstruct", "in.png"]): assert run(*argv, "--model", model)[0] == 0
+    assert set(files(here)) == {"in.png", "imagined.png", "in-edited.png", "in-reconstructed.png"}
+
+
+def test_may_replace_its_own_input(here, model):
+    assert run("edit", "in.png", "make it red", "-o", "in.png", "--model", model)[0] == 0
+    assert Image.open("in.png").size == RIGHT.size and Path("in.png").read_bytes() != encoded(RIGHT, "PNG")
+
+
+def test_ask_answers_and_describes(here, model):
+    for question in (["what color is the circle?"], []):
+        code, out, err = run("ask", "in.png", *question, "--model", model)
+        assert (code, err) == (0, "") and out.endswith("\n")
+
+
+# ---- pictures that are refused ------------------------------------------------------------------------------------------------
+
+CUT = {f: encoded(scene(2, (3, 3)).resize((300, 300)), f) for f in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")}
+
+
+@pytest.mark.parametrize("share", (.02, .3, .7, .95))
+@pytest.mark.parametrize("format", CUT)
+def test_refuses_truncated_pictures(format, share, here):
+    Path("cut").write_bytes(CUT[format][:int(len(CUT[format])*share)])
+    for argv in (["ask", "cut", "what is it?"], ["reconstruct", "cut"], ["edit", "cut", "make it red"]): assert "cut" in refused(here, *argv)
+
+
+@pytest.mark.parametrize("name, data", {"empty": b"", "letter.txt": b"Dear model,\n", "page.html": b"<!DOCTYPE html><p>", "zip.png": b"PK\x03\x04" + bytes(200), "zeros.jpg": bytes(5000),
+                                        "script.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "vector.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"}.items())
+def test_refuses_what_is_no_picture(name, data, here):
+    Path(name).write_bytes(data)
+    assert name in refused(here, "ask", name)
+
+
+def test_refuses_paths_that_lead_nowhere(here):
+    Path("folder").mkdir()
+    for path, says in (("nowhere.png", "does not exist"), ("folder", "folder"), ("in.png/x.png", "does not exist"), ("x"*300, "does not exist"), ("/dev/null", "regular file")):
+        assert says in refused(here, "ask", path)
+
+
+@pytest.mark.parametrize("w, h", [(20_000, 20_000), (8_001, 8_000), (2**31 - 1, 1)])
+def test_refuses_too_many_pixels(w, h, here):
+    Path("bomb.png").write_bytes(png(w, h, 1, 0, None if w*h < 1e9 else b"", ))
+    assert "pixels" in refused(here, "ask", "bomb.png")
+
+
+def test_a_bomb_costs_no_memory(here, model):
+    Path("bomb.png").write_bytes(png(20_000, 20_000, 1, 0))
+    Path("letter.png").write_bytes(b"Dear model")
+    used = {}
+    for name in ("letter.png", "bomb.png"):
+        child = subprocess.Popen([ARM, "ask", name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        err = child.stderr.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.stdout.close(), child.stderr.close()
+        refusal(os.waitstatus_to_exitcode(status), "", err)
+        used[name] = usage.ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    assert used["bomb.png"] - used["letter.png"] < 50e6, used  # its pixels are 400 MB
+
+
+# ---- options that are refused -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", ["50x50", "8x4000", "4000x8", "0x0", "0x8", "-8x8", "8", "8x8x8", "bigxbig", "999999x999999", "", "8.5x8", "٨x٨"])
+def test_refuses_sizes_that_no_shape_token_covers(size, here, model): assert "size" in refused(here, "imagine", "a cat", f"--size={size}", "--model", model)
+
+
+@pytest.mark.parametrize("option", ["--n=0", "--n=-1", "--n=many", "--n=1e9", "--seed=-1", "--seed=x", "--seed=99999999999999999999", "--temperature=-1", "--temperature=nan", "--temperature=inf",
+                                    "--top-k=-1", "--top-p=0", "--top-p=2", "--cfg-scale=nan", "--cfg-scale=-1", "--zoom=0", "--wings=2", "--device=toaster", "--device=cuda:99", "--device="])
+def test_refuses_impossible_options(option, here, model): refused(here, "imagine", "a cat", option, "--model", model)
+
+
+@pytest.mark.parametrize("argv", [["imagne", "cat"], ["imagine"], ["imagine", "a", "cat"], ["ask"], ["edit", "in.png"], ["reconstruct"], ["--wings"], ["eval", "--n", "0"], ["eval", "--worlds", "mars"],
+                                  ["eval", "--json", "in.png/x.json"], ["demo", "--out", "in.png"], ["demo", "--seed", "one"]])
+def test_refuses_words_that_make_no_command(argv, here): refused(here, *argv)
+
+
+@pytest.mark.parametrize("out, says", [(".", "picture format"), ("sub", "picture format"), ("sub.png", "is a folder"), ("out.mp3", ".png"), ("out", ".png"), ("in.png/out.png", "no folder"),
+                                       ("in.png/more/out.png", "no folder"), ("", "picture format"), ("x"*300 + ".png", "name too long")])
+def test_refuses_outputs_that_cannot_be_written(out, says, here, model):
+    Path("sub.png").mkdir()
+    Path("sub").mkdir()
+    for argv in (["imagine", "a cat"], ["edit", "in.png", "make it red"], ["reconstruct", "in.png"]):
+        if out: assert says in refused(here, *argv, "-o", out, "--model", model)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_refuses_a_folder_without_permission(here, model):
+    Path("locked").mkdir(mode=0o555)
+    for argv in (["imagine", "a cat", "-o", "locked/out.png"], ["demo", "--out", "locked"], ["eval", "--json", "locked/s.json"]): assert "writable" in refused(here, *argv, "--model", model)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("cannot"), KeyboardInterrupt()])
+def test_leaves_no_half_written_file(error, here, model, monkeypatch):
+    def save(im, path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise error
+    monkeypatch.setattr(Image.Image, "save", save)
+    before = files(here)
+    for argv in (["imagine", "a cat", "-o", "out.png"], ["edit", "in.png", "make it red", "-o", "in.png"], ["imagine", "a cat", "--n", "2", "-o", "out.png"]):
+        code, out, err = run(*argv, "--model", model)
+        assert code == (130 if isinstance(error, KeyboardInterrupt) else 2) and err.startswith("arm: ") and err.count("\n") == 1
+        assert files(here) == before
+
+
+# ---- model folders ------------------------------------------------------------------------------------------------------------
+
+def change(**fields):
+    "An edit of config.json: a value by its dotted name."
+    def apply(folder):
+        config = json.loads((folder/"config.json").read_text())
+        for name, value in fields.items():
+            *path, last = name.split("__")
+            at = config
+            for p in path: at = at[p]
+            at[last] = value
+        (folder/"config.json").write_text(json.dumps(config))
+    return apply
+
+
+def write(name, data): return lambda folder: (folder/name).write_bytes(data)
+def remove(name): return lambda folder: (folder/name).unlink()
+
+
+def cut(name, share): return lambda folder: (folder/name).write_bytes((folder/name).read_bytes()[:int(share*(folder/name).stat().st_size)])
+
+
+def swap(folder):
+    weights = (folder/"arm.safetensors").read_bytes()
+    (folder/"arm.safetensors").write_bytes((folder/"tokenizer.safetensors").read_bytes())
+    (folder/"tokenizer.safetensors").write_bytes(weights)
+
+
+DAMAGE = {
+    "empty": lambda folder: [p.unlink() for p in folder.iterdir()],
+    "foreign": write("config.json", b'{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64}'),
+    "config missing": remove("config.json"), "config cut": cut("config.json", .5), "config empty": write("config.json", b""), "config binary": write("config.json", bytes(range(256))),
+    "config list": write("config.json", b"[1, 2]"), "config null": write("config.json", b"null"), "deeply nested": write("config.json", b"["*100_000),
+    "no arm": change(arm=None), "no tokenizer": change(tokenizer={}), "card list": change(card=[1]), "card grids": change(card__grids=[]), "card grids text": change(card__grids="wide"),
+    "card grids zero": change(card__grids=[[0, 4]]), "card prompt": change(card__max_prompt="long"),
+    "format": change(format=99), "unknown field": change(arm__wings=2), "unknown field below": change(tokenizer__decoder__wings=2), "text for a number": change(arm__dim="wide"), "float for int": change(arm__n_layer=2.5),
+    "true for int": change(arm__n_layer=True), "negative": change(arm__dim=-256), "zero heads": change(arm__n_head=0), "heads do not divide": change(arm__n_head=7), "zero layers": change(arm__n_layer=0),
+    "huge": change(arm__dim=10**15), "other width": change(arm__dim=128), "other depth": change(arm__n_layer=5), "zero patch": change(tokenizer__patch_size=0), "negative patch": change(tokenizer__patch_size=-8),
+    "no levels": change(tokenizer__levels=[]), "level of 1": change(tokenizer__levels=[1]*16), "other source": change(tokenizer__source="dreams"), "nan": change(arm__rope_theta=float("nan")), "zero theta": change(arm__rope_theta=0),
+    "zero eps": change(arm__norm_eps=-1.0), "weights missing": remove("arm.safetensors"), "weights cut": cut("arm.safetensors", .5), "weights cut in the header": cut("arm.safetensors", .0001),
+    "weights empty": write("arm.safetensors", b""), "weights text": write("tokenizer.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "pickle": write("arm.safetensors", b"\x80\x02}q\x00."),
+    "weights swapped": swap, "tokenizer missing": remove("tokenizer.safetensors"), "text missing": remove("text.json"), "text cut": cut("text.json", .5), "text foreign": write("text.json", b'{"a": 1}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_refuses_damaged_and_foreign_models(damage, here, model):
+    shutil.copytree(model, "copy")
+    DAMAGE[damage](here/"copy")
+    for argv in (["imagine", "a cat"], ["ask", "in.png", "what is it?"]): refused(here, *argv, "--model", "copy")
+
+
+def test_refuses_models_that_are_not_there(here):
+    for path in ("nowhere", "in.png", "", "\0"): assert "model folder" in refused(here, "imagine", "a cat", "--model", path)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------------
+
+CONFIGS = {"unknown field": "wings: 2\n", "not yaml": "steps: [1\n", "a list": "- 1\n", "a word": "steps", "wrong type": "steps: many\n", "below zero": "steps: -5\n", "binary": "\x00\x01", "nested": "steps: {a: 1}\n"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_refuses_training_files_with_unknown_or_impossible_fields(name, here):
+    Path("run.yaml").write_text(CONFIGS[name])
+    refused(here, "train", "arm", "--out", "runs", "--config", "run.yaml")
+
+
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["arm", "--steps", "many"], ["arm", "--steps", "-3"], ["arm", "--wings", "2"], ["arm", "--config", "nowhere.yaml"], ["arm", "--out", "in.png"],
+                                  ["arm", "--out", "in.png/runs"], ["all", "--quick", "perhaps"], ["arm", "--out", "empty"], ["decoder", "--out", "empty"], ["tokenizer", "--out", "empty", "--quick"]])
+def test_refuses_training_that_cannot_start(argv, here): refused(here, "train", *argv)
+
+
+def test_training_reads_its_settings_from_flags_and_files(here, monkeypatch):
+    from arm.train import run as stages
+    seen = []
+    def train_arm(
+        out: str = "runs/tiny", # run folder
+        quick: bool = False, # the short run
+        steps: int = 0, # length
+    ): "Stage 4."; seen.append((out, quick, steps))
+    monkeypatch.setattr(stages, "train_arm", train_arm)
+    Path("run.yaml").write_text("steps: 7\nout: there\n")
+    for argv in (["arm", "--steps", "10", "--out", "here"], ["arm", "--quick"], ["arm", "--quick", "--steps=3"], ["arm", "--quick", "false"], ["arm", "--config", "run.yaml", "--steps", "8"]):
+        assert run("train", *argv)[0] == 0
+    assert seen == [("here", False, 10), ("runs/tiny", True, 0), ("runs/tiny", True, 3), ("runs/tiny", False, 0), ("there", False, 8)]
+
+
+def test_training_prints_its_settings_and_explains_them(here):
+    code, out, err = run("train", "arm", "--steps", "10", "--print_config")
+    assert (code, err) == (0, "") and "steps: 10" in out and "quick: false" in out
+    Path("run.yaml").write_text(out)
+    assert run("train", "arm", "--config", "run.yaml", "--print_config")[1] == out
+    for argv, says in ((["train", "--help"], "all"), (["train", "arm", "--help"], "run folder")):
+        code, out, err = run(*argv)
+        assert (code, err) == (0, "") and says in out
+
+
+# ---- help, scores, demo -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo"])
+def test_help_has_examples(command):
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
+
+
+def test_help_lists_all_commands():
+    for argv in (["--help"], []):
+        code, out, _ = run(*argv)
+        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo"))
+
+
+def test_help_waits_for_no_library():
+    code = "import sys; from arm.app.cli import main; main(['imagine', '--help']); sys.exit(bool({'torch', 'numpy', 'PIL', 'lightning'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_eval_prints_and_writes_scores(here, model):
+    code, out, err = run("eval", "--n", "2", "--worlds", "shapes", "--json", "new/scores.json", "--model", model)
+    assert code == 0, err
+    scores = json.loads(Path("new/scores.json").read_text())
+    assert scores["shapes/t2i/strict/greedy"].keys() == {"value", "low", "high", "n"} and "95 % interval" in out and not [k for k in scores if k.startswith("openmoji")]
+
+
+class Links(HTMLParser):
+    "Everything that a page loads."
+    def __init__(self): super().__init__(); self.loads, self.tags = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "srcset", "data", "poster") or k == "href" and tag != "a"]
+
+
+def test_demo_writes_a_report_that_needs_no_other_file(here, model):
+    code, out, err = run("demo", "--model", model, "--out", "new/demo")
+    assert code == 0 and set(files(here/"new/demo")) == {"report.html", "contact_sheet.png"}
+    assert "new/demo/report.html" in out and "new/demo/contact_sheet.png" in out
+    page, links = Path("new/demo/report.html").read_text(), Links()
+    links.feed(page)
+    assert len(links.loads) > 100 and all(v.startswith("data:image/png;base64,") for v in links.loads) and not links.tags & {"script", "iframe", "object"} and "url(" not in page and "@import" not in page
+    assert "OpenMoji" in page and "CC BY-SA 4.0" in page and 'name="viewport"' in page and page.isprintable() is False
+    sheet = Image.open("new/demo/contact_sheet.png")
+    sheet.load()
+    assert sheet.width > 1000 and Path("new/demo/contact_sheet.png").stat().st_size < 2e6
+
+
+# ---- as real processes --------------------------------------------------------------------------------------------------------
+
+def test_a_terminal_without_letters_gets_codes(here, model):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([ARM, "ask", "нет.png"], capture_output=True, env=env)
+    assert (done.returncode, done.stdout) == (2, b"") and done.stderr.startswith(b"arm: \\u043d") and done.stderr.count(b"\n") == 1
+    done = subprocess.run([ARM, "imagine", b"\xff\xfe", "--model", str(model)], capture_output=True, env=env)
+    assert done.returncode == 2 and b"UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_the_command_is_installed(here, model):
+    assert subprocess.run([ARM, "--version"], capture_output=True, text=True, check=True).stdout.startswith("arm 0.")
+    done = subprocess.run([ARM, "imagine", "红色的圆", "-o", "out.png", "--model", str(model)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stderr == "" and Image.open("out.png").size == (48, 48)
