@@ -130,9 +130,9 @@ def _tile(case: Case) -> Image.Image:
     low = _text(draw, low, ": ".join(t for t in (word, case.reason) if t), 12, {True: GREEN, False: ORANGE, None: "#777"}[case.ok])
     return tile.crop((0, 0, WIDTH, low))
 
-# %% ../../nbs/90_app.report.ipynb #b6d6fa85
+# %% ../../nbs/90_app.report.ipynb #fb3a514b
 def contact_sheet(report: Report, # what to show
-                  *, ncols: int = 4, # cards side by side
+                  *, ncols: int = 3, # cards side by side
                   ) -> Image.Image: # RGB, as high as it takes
     "The report as one picture."
     width, blocks = ncols*(WIDTH + GAP) + GAP, []  # (left, picture) rows
