@@ -93,7 +93,7 @@ def load_json(path: str | Path, # a JSON file that holds an object
     if not isinstance(data, dict): raise ValueError(f"{path} holds a {type(data).__name__}; it must hold a JSON object")
     return data
 
-# %% ../nbs/00_core.ipynb #7159f1aa
+# %% ../nbs/00_core.ipynb #77d852dc
 def save_tensors(path: str | Path, # the `.safetensors` file to create or replace
                  tensors: dict[str, Tensor], # any shapes and types, on any device
                  metadata: dict | None = None, # JSON-able facts to store in the header; None stores none
@@ -101,7 +101,10 @@ def save_tensors(path: str | Path, # the `.safetensors` file to create or replac
     "Write tensors to a safetensors file in one step; equal content gives equal bytes."
     whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     note = {"arm": json.dumps(metadata, sort_keys=True)} if metadata else None
-    with atomic_path(path) as tmp: save_file(whole, tmp, note)
+    with atomic_path(path) as tmp:
+        mode = tmp.stat().st_mode # safetensors would leave a file that only its owner can read
+        save_file(whole, tmp, note)
+        tmp.chmod(mode)
     return Path(path)
 
 @contextmanager
