@@ -49,22 +49,22 @@ def probabilities(
     if sampling.min_p > 0: p = p.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), 0.)
     return p / p.sum(-1, keepdim=True)
 
-# %% ../../nbs/33_model.generate.ipynb #845cdcf7
+# %% ../../nbs/33_model.generate.ipynb #0e21b939
 def draw(
     logits: Tensor, # (n,V)
     u: Tensor, # (n,) uniform numbers in [0, 1), one per row
-    sampling: Sampling,
+    sampling: Sampling, # temperature and filters
 ) -> Tensor: # (n,) ids in [0, V)
     "One id per row: the place where the running sum of probabilities passes u."
     if sampling.temperature == 0: return logits.argmax(-1)
     total = probabilities(logits, sampling).double().cumsum(-1)
     return torch.searchsorted(total, u.double()[:, None] * total[:, -1:], right=True)[:, 0]
 
-# %% ../../nbs/33_model.generate.ipynb #ec255bd6
+# %% ../../nbs/33_model.generate.ipynb #8763eaec
 def uniforms(
     seeds: list[int], # one seed per sample
     n: int, # numbers per sample
-    device=None,
+    device: torch.device | str | None = None, # where they are needed
 ) -> Tensor: # (samples, n) in [0, 1)
     "Each sample's own random numbers: they depend on its seed alone, never on its batch mates."
     return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
@@ -158,12 +158,12 @@ def mixer(
     if w == [1]: return lambda logits: logits[0]
     return lambda logits: torch.einsum("r,rnv->nv", logits.new_tensor(w), logits)
 
-# %% ../../nbs/33_model.generate.ipynb #7a7644a5
+# %% ../../nbs/33_model.generate.ipynb #580fc0c5
 def image_batch(
-    model: ARM,
+    model: ARM, # whose logits
     prompts: list[ImagePrompt], # P prompts that have the same branches
     copies: int, # G samples per prompt
-    sampling: Sampling,
+    sampling: Sampling, # temperature and filters
     weights: dict[str, float], # branches and their shares, from `Guidance.weights`
     seeds: list[int], # P*G
 ) -> list[Tensor]: # P*G tensors (N,) of codes
@@ -181,23 +181,23 @@ def image_batch(
         codes[:, i] = model.visual_head.sample(h, lambda logits, g: draw(mix(logits), u[:, i, g], sampling))
     return [c[:n].cpu() for c, n in zip(codes, sizes)]
 
-# %% ../../nbs/33_model.generate.ipynb #f04c3426
+# %% ../../nbs/33_model.generate.ipynb #117f2f99
 def in_dtype(
-    model: ARM,
+    model: ARM, # whose logits
     dtype: torch.dtype | None, # None keeps the model's own
 ) -> ARM: # the model itself, or a copy in that precision
     "The model in the precision that generation wants."
     return model if dtype is None or next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
 
-# %% ../../nbs/33_model.generate.ipynb #2875d482
+# %% ../../nbs/33_model.generate.ipynb #362ecd4a
 @torch.inference_mode()
 def generate_images(
-    model: ARM,
+    model: ARM, # whose logits
     prompts: list[ImagePrompt], # P prompts, text-to-image or edits; grids may differ
     *,
     num_generations: int = 1, # G samples per prompt
-    sampling: Sampling = Sampling(),
-    guidance: Guidance = Guidance(),
+    sampling: Sampling = Sampling(), # temperature and filters
+    guidance: Guidance = Guidance(), # scales and form
     seeds: int | list[int] = 0, # one per sample (P*G), or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
     batch_size: int = 256, # rows that run at the same time, all branches counted
@@ -216,12 +216,12 @@ def generate_images(
             for j, i in enumerate(chunk): out[i] = codes[j * num_generations:(j + 1) * num_generations]
     return [c for i in range(len(prompts)) for c in out[i]]
 
-# %% ../../nbs/33_model.generate.ipynb #5b432ad0
+# %% ../../nbs/33_model.generate.ipynb #16a5fed0
 def text_batch(
-    model: ARM,
+    model: ARM, # whose logits
     prompts: list[list[int]], # prompts as ids
     max_new: int, # longest answer
-    sampling: Sampling,
+    sampling: Sampling, # temperature and filters
     seeds: list[int], # one per prompt
 ) -> list[list[int]]: # text ids of the answers
     "All answers in one batch; it stops when the last one has ended."
@@ -238,14 +238,14 @@ def text_batch(
         if done.all(): break
     return [row[:next((i for i, t in enumerate(row) if t >= v.text_size), max_new)] for row in ids.tolist()]
 
-# %% ../../nbs/33_model.generate.ipynb #96159f0e
+# %% ../../nbs/33_model.generate.ipynb #f012b7ab
 @torch.inference_mode()
 def generate_text(
-    model: ARM,
+    model: ARM, # whose logits
     prompts: list[list[int]], # P prompts as ids, of any lengths
     *,
     max_new: int = 64, # longest answer
-    sampling: Sampling = Sampling(temperature=0.),
+    sampling: Sampling = Sampling(temperature=0.), # greedy, unless told otherwise
     seeds: int | list[int] = 0, # one per prompt, or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
     batch_size: int = 256, # prompts that run at the same time

@@ -131,10 +131,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.down(FusedSwiGLU.apply(self.gate_up(x))) # (...,D)
 
-# %% ../../nbs/31a_model.layers.ipynb #bb02a462
+# %% ../../nbs/31a_model.layers.ipynb #812260be
 class Embedding(nn.Module):
     "Ids to vectors: a table for text, a linear map of the bits for visual codes, places on top."
-    def __init__(self, cfg: ARMConfig):
+    def __init__(self,
+        cfg: ARMConfig, # sizes
+    ):
         super().__init__()
         self.vocab, self.kind = cfg.vocab, cfg.visual_input
         self.text = nn.Embedding(self.vocab.n_text, cfg.dim, padding_idx=self.vocab.pad) # the row of pad stays zero

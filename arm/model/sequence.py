@@ -65,9 +65,9 @@ class Vocab:
         "Which ids are visual codes?"
         return ids >= self.visual_offset
 
-# %% ../../nbs/30_model.sequence.ipynb #023db2b2
+# %% ../../nbs/30_model.sequence.ipynb #04358412
 def text_ids(
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     ids: list[int], # from the text tokenizer
 ) -> list[int]: # the same list
     "Text ids, refused where they leave the text's own range."
@@ -76,7 +76,7 @@ def text_ids(
     return list(ids)
 
 def image_ids(
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     indices, # (N,) visual codes in row-major order, tensor or list
     grid: tuple[int, int], # (h, w) in patches, N = h*w
 ) -> list[int]: # BOI h w v1..vN EOI
@@ -86,7 +86,7 @@ def image_ids(
     if len(indices) != h * w: raise ValueError(f"{len(indices)} codes for a grid of {h} x {w}; the grid needs {h * w}. Pass the grid that the tokenizer returned.")
     return [vocab.boi, vocab.shape_id(h), vocab.shape_id(w), *vocab.visual_ids(indices).tolist(), vocab.eoi]
 
-# %% ../../nbs/30_model.sequence.ipynb #dfdc9328
+# %% ../../nbs/30_model.sequence.ipynb #1352cd1c
 BRANCHES = ("full", "no_text", "no_image", "none") # which conditions of a prompt stay
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ImagePrompt:
     source_grid: tuple[int, int] | None = None # (h, w) of the source; None means the same as grid
 
     def ids(self,
-        vocab: Vocab,
+        vocab: Vocab, # the id space
         keep: str = "full", # "full", "no_text", "no_image" or "none": which conditions stay
     ) -> list[int]: # BOS [source] text BOI h w
         "The prompt as ids, whole or with conditions left out."
@@ -116,7 +116,7 @@ class ImagePrompt:
         gone = rng.random() < source, rng.random() < text
         return ImagePrompt([] if gone[1] else self.text, self.grid, None if gone[0] else self.source, None if gone[0] else self.source_grid)
 
-# %% ../../nbs/30_model.sequence.ipynb #e019e362
+# %% ../../nbs/30_model.sequence.ipynb #eca9b9ec
 IGNORE = -100  # the label of a position that gets no loss (torch's own default)
 
 class Sample(NamedTuple):
@@ -125,7 +125,7 @@ class Sample(NamedTuple):
     labels: list[int]    # (T,) the id itself where it is to be learnt, IGNORE elsewhere
 
 def image_sample(
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     prompt: ImagePrompt, # text-to-image or edit
     indices, # (N,) codes of the picture to learn
 ) -> Sample: # prompt v1..vN EOI EOS, loss on the codes and EOS
@@ -134,9 +134,9 @@ def image_sample(
     codes = image_ids(vocab, indices, prompt.grid)[3:-1]
     return Sample([*start, *codes, vocab.eoi, vocab.eos], [IGNORE] * len(start) + codes + [IGNORE, vocab.eos])
 
-# %% ../../nbs/30_model.sequence.ipynb #8d4b8365
+# %% ../../nbs/30_model.sequence.ipynb #904791b7
 def qa_prompt(
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     indices, # (N,) codes of the picture
     grid: tuple[int, int], # its (h, w)
     question: list[int], # ids of the question
@@ -145,7 +145,7 @@ def qa_prompt(
     return [vocab.bos, *image_ids(vocab, indices, grid), *text_ids(vocab, question), vocab.ans]
 
 def qa_sample(
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     indices, # (N,) codes of the picture
     grid: tuple[int, int], # its (h, w)
     turns: list[tuple[list[int], list[int]]], # (question ids, answer ids), one or more; a caption is an answer to "describe"
@@ -158,15 +158,15 @@ def qa_sample(
         labels += [IGNORE] * (len(question) + 1) + [*answer, vocab.eos]
     return Sample(ids, labels)
 
-# %% ../../nbs/30_model.sequence.ipynb #f6e8933c
+# %% ../../nbs/30_model.sequence.ipynb #9493974d
 def text_sample(
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     text: list[int], # ids of a text
 ) -> Sample: # BOS text EOS, loss on all but BOS
     "A training document of plain text."
     return Sample([vocab.bos, *text_ids(vocab, text), vocab.eos], [IGNORE, *text, vocab.eos])
 
-# %% ../../nbs/30_model.sequence.ipynb #4e65c0a1
+# %% ../../nbs/30_model.sequence.ipynb #349ab0b9
 class Segments(NamedTuple):
     "Which ids are legal at each position, as four masks; each position has exactly one."
     text: Tensor   # (B,T) bool: text, EOS or BOI
@@ -176,7 +176,7 @@ class Segments(NamedTuple):
 
 def segments(
     ids: Tensor, # (B,T) ids of a well-formed sequence
-    vocab: Vocab,
+    vocab: Vocab, # the id space
 ) -> Segments:
     "The kind of every id: it decides which ids were legal in its place."
     visual = ids >= vocab.visual_offset
@@ -184,7 +184,7 @@ def segments(
     text = (ids >= 0) & (ids < vocab.n_legal_text)
     return Segments(text, shape, visual, ~(text | shape | visual))
 
-# %% ../../nbs/30_model.sequence.ipynb #d4973cfe
+# %% ../../nbs/30_model.sequence.ipynb #b9aafe60
 class Batch(NamedTuple):
     "Rows of ids for one forward pass; Lightning moves it between devices as it is."
     input_ids: Tensor             # (B,T) ids
@@ -197,18 +197,18 @@ class Batch(NamedTuple):
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
 
 def pad_batch(
-    vocab: Vocab,
-    samples: list[Sample],
+    vocab: Vocab, # the id space
+    samples: list[Sample], # documents of any lengths
 ) -> Batch: # (B, longest) right-padded rows; causal attention never looks at the pads
     "One sample per row."
     width = max(len(s.input_ids) for s in samples)
     fill = lambda x, value: torch.tensor([[*row, *[value] * (width - len(row))] for row in x], dtype=torch.long)
     return Batch(fill([s.input_ids for s in samples], vocab.pad), fill([s.labels for s in samples], IGNORE))
 
-# %% ../../nbs/30_model.sequence.ipynb #7931220e
+# %% ../../nbs/30_model.sequence.ipynb #ccd6ffdd
 def split_batch(
-    vocab: Vocab,
-    samples: list[Sample],
+    vocab: Vocab, # the id space
+    samples: list[Sample], # documents of any lengths
     n: int = 4, # number of parts
 ) -> list[Batch]: # padded parts of similar length, together all samples
     "The samples as a few padded batches of like length: the same loss with less padding."
@@ -233,10 +233,10 @@ def pack_rows(
         rows.append(row)
     return rows
 
-# %% ../../nbs/30_model.sequence.ipynb #34f32ea7
+# %% ../../nbs/30_model.sequence.ipynb #4e889344
 def pack(
-    vocab: Vocab,
-    samples: list[Sample],
+    vocab: Vocab, # the id space
+    samples: list[Sample], # documents of any lengths
     max_tokens: int, # length of a row
     look_ahead: int = 32, # see `pack_rows`
 ) -> Batch: # (rows, max_tokens), documents numbered within their row, positions restarting
@@ -254,10 +254,10 @@ def pack(
         doc[r, t:], positions[r, t:] = len(row), torch.arange(max_tokens - t)
     return Batch(ids, labels, doc, positions)
 
-# %% ../../nbs/30_model.sequence.ipynb #749fedd6
+# %% ../../nbs/30_model.sequence.ipynb #bef2ed6e
 def visual_positions(
     input_ids: Tensor, # (B,T) ids
-    vocab: Vocab,
+    vocab: Vocab, # the id space
     ahead: int = 0, # 0: the place of the token itself; 1: the place of the token that it predicts
 ) -> Tensor: # (B,T,2) row and column in its picture; -1 where the token (or the next one) is no visual code
     "The place of every visual code, read from BOI h w."

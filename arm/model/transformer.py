@@ -45,9 +45,9 @@ def chunked(
     run = (lambda *a: checkpoint(fn, *a, use_reentrant=False)) if torch.is_grad_enabled() else fn
     return torch.cat([run(a, b) for a, b in zip(h.split(size), targets.split(size))])
 
-# %% ../../nbs/32_model.transformer.ipynb #bfcc72d9
+# %% ../../nbs/32_model.transformer.ipynb #a4172384
 def head_logps(
-    model: "ARM",
+    model: "ARM", # whose heads
     hidden: Tensor, # (B,T,D) from the model
     labels: Tensor, # (B,T) ids or IGNORE
     *,
@@ -66,10 +66,12 @@ def head_logps(
         out[kind] = at, chunked(fn, flat[at - 1], ids[at], chunk)
     return out
 
-# %% ../../nbs/32_model.transformer.ipynb #0ee13757
+# %% ../../nbs/32_model.transformer.ipynb #a8500787
 class ARM(nn.Module):
     "One next-token predictor for text and pictures."
-    def __init__(self, cfg: ARMConfig):
+    def __init__(self,
+        cfg: ARMConfig, # sizes
+    ):
         super().__init__()
         self.cfg, self.vocab = cfg, cfg.vocab
         self.embed = Embedding(cfg)
@@ -104,9 +106,9 @@ class ARM(nn.Module):
     def loss(self, batch: Batch | list[Batch]) -> tuple[Tensor, dict[str, Tensor]]: return next_token_loss(self, batch)
     def per_token_logps(self, batch: Batch, temperature: float = 1.) -> Tensor: return per_token_logps(self, batch, temperature)
 
-# %% ../../nbs/32_model.transformer.ipynb #95568afa
+# %% ../../nbs/32_model.transformer.ipynb #57c10e96
 def next_token_loss(
-    model: ARM,
+    model: ARM, # whose logits
     batch: Batch | list[Batch], # or the parts of one batch, see `split_batch`
 ) -> tuple[Tensor, dict[str, Tensor]]: # mean over all labelled tokens; means of the text and the visual ones (nan when there are none)
     "Cross-entropy of the labelled tokens, each counted once."
@@ -117,10 +119,10 @@ def next_token_loss(
     means = {k: sums[k].detach() / counts[k] if counts[k] else torch.tensor(float("nan")) for k in ("text", "visual")}
     return sum(sums.values()) / max(1, sum(counts.values())), means
 
-# %% ../../nbs/32_model.transformer.ipynb #78e0c353
+# %% ../../nbs/32_model.transformer.ipynb #0a8e5299
 def per_token_logps(
-    model: ARM,
-    batch: Batch,
+    model: ARM, # whose logits
+    batch: Batch, # rows with labels
     temperature: float = 1., # of the policy that sampled
 ) -> Tensor: # (B,T) log p(label | all before), 0 where there is no label, float32
     "Log-probabilities for policy gradients: the same heads and the same legal ids as in sampling."
