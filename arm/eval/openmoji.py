@@ -131,7 +131,7 @@ def _locality(arm, items, codes):
     kinds = ["tone" if p.kind in ("tone_base", "tone_tone") else p.kind for p in edits]
     return code_changes("openmoji/locality", arm, before, after, ([codes[p.src] for p in edits], [codes[p.dst] for p in edits]), kinds)
 
-# %% ../../nbs/53_eval.openmoji.ipynb #bc00d64d
+# %% ../../nbs/53_eval.openmoji.ipynb #d49b54ed
 def _reconstruct(arm, items, g, codes, say):
     "Is the picture itself the nearest to its reconstruction?"
     om, out = items.om, {}
@@ -144,7 +144,7 @@ def _reconstruct(arm, items, g, codes, say):
 
 def _understand(arm, items, codes, say):
     "Captions and questions."
-    om, out, told, known = items.om, {}, {}, {}
+    out, told, known = {}, {}, {}
     for side, ids in items.rows.items():
         say(f"openmoji/caption {side}: {len(ids)} pictures")
         told[side] = exact(arm.answers([codes[i] for i in ids], [DESCRIBE] * len(ids)), [items.names[i] for i in ids])
