@@ -585,8 +585,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'arm.train.arm.LitARM.configure_optimizers': ( 'train.arm.html#litarm.configure_optimizers',
                                                                               'arm/train/arm.py'),
                                'arm.train.arm.LitARM.training_step': ('train.arm.html#litarm.training_step', 'arm/train/arm.py'),
-                               'arm.train.arm.LitARM.transfer_batch_to_device': ( 'train.arm.html#litarm.transfer_batch_to_device',
-                                                                                  'arm/train/arm.py'),
                                'arm.train.arm.Together': ('train.arm.html#together', 'arm/train/arm.py'),
                                'arm.train.arm.Together.__init__': ('train.arm.html#together.__init__', 'arm/train/arm.py'),
                                'arm.train.arm.Together.load_state_dict': ('train.arm.html#together.load_state_dict', 'arm/train/arm.py'),
