@@ -190,7 +190,7 @@ def _differences(reading, wanted, cells):
     wanted_cells = {(o.row, o.col) for o in wanted}
     return wrong + [f"{_at(reading, o)} should not be there" for cell, o in seen.items() if cell in cells and cell not in wanted_cells]
 
-# %% ../../nbs/50_eval.verifier.ipynb #ed26db69
+# %% ../../nbs/50_eval.verifier.ipynb #b303953c
 def _fit(reading, scene):
     if (reading.rows, reading.cols) != (scene.rows, scene.cols):
         raise ValueError(f"a picture of {reading.rows}x{reading.cols} cells against a scene of {scene.rows}x{scene.cols}; give both the same canvas")
@@ -205,35 +205,7 @@ def judge_scene(
     reasons = _differences(reading, scene.objs, set(product(range(scene.rows), range(scene.cols))))
     return Verdict(not reasons, reasons, "scene")
 
-def judge_edit(
-    image: Tensor | Reading, # the edited picture, or what `parse` made of it
-    source: Scene,           # the scene before
-    edit: Edit,              # the instruction and the scene that it must lead to
-) -> Verdict:                # ok when `.instruction` (the change is there) and `.kept` (the rest is untouched)
-    "Judge an edit by the whole target scene, and say which half failed."
-    reading, target = _reading(image), edit.target
-    _fit(reading, target)
-    cells = set(product(range(target.rows), range(target.cols)))
-    changed = {(o.row, o.col) for o in set(source.objs) ^ set(target.objs)}
-    done = _differences(reading, [o for o in target.objs if (o.row, o.col) in changed], changed)
-    kept = _differences(reading, [o for o in target.objs if (o.row, o.col) not in changed], cells - changed)
-    return Verdict(not done + kept, done + kept, edit.kind, instruction=not done, kept=not kept)
-
-# %% ../../nbs/50_eval.verifier.ipynb #73945811
-def _fit(reading, scene):
-    if (reading.rows, reading.cols) != (scene.rows, scene.cols):
-        raise ValueError(f"a picture of {reading.rows}x{reading.cols} cells against a scene of {scene.rows}x{scene.cols}; give both the same canvas")
-
-def judge_scene(
-    image: Tensor | Reading, # a picture, or what `parse` made of it
-    scene: Scene,            # what it should show
-) -> Verdict:                # ok when every object is there, alike, within 3 px, and nothing else
-    "Judge a reconstruction: is the same scene read back?"
-    reading = _reading(image)
-    _fit(reading, scene)
-    reasons = _differences(reading, scene.objs, set(product(range(scene.rows), range(scene.cols))))
-    return Verdict(not reasons, reasons, "scene")
-
+# %% ../../nbs/50_eval.verifier.ipynb #b81773fe
 def judge_edit(
     image: Tensor | Reading, # the edited picture, or what `parse` made of it
     source: Scene,           # the scene before
