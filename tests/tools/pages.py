@@ -12,7 +12,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
+    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run([str(BIN/command[0]), *command[1:]], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
