@@ -1,0 +1,129 @@
+"""What pages cannot see of training: a run that was interrupted, two processes, and the same command twice give the same weights."""
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from arm.core import load_tensors, save_tensors, seeded
+from arm.data.text import default_tokenizer
+from arm.model.transformer import ARM, ARMConfig
+from arm.tokenizer.decoder import DecoderConfig
+from arm.tokenizer.model import TokenizerConfig, VisualTokenizer
+from arm.tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig
+from arm.train.arm import LitARM
+from arm.train.data import ShapesPictures, mixed_pictures
+from arm.train.pool import ShapesPool, mixed_tokens
+from arm.train.run import fit, read_log, train_teacher
+from arm.train.tokenizer import LitTeacher, LitTokenizer
+from tools.repo import ROOT
+
+os.environ["TQDM_DISABLE"] = "1"
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+TEXT = default_tokenizer()
+SIZES = replace(TokenizerConfig.tiny(), down_dim=64, up_dim=64, up_layer=1, feature_dim=32, reader_dim=32, decoder=DecoderConfig(dim=64, n_layer=1, n_head=2, patch_size=8))
+KINDS = ("tokenizer", "decoder", "arm")
+
+
+def judges():
+    return (SiglipTowers(replace(TowersConfig.tiny(), dim=32, n_layer=1, n_head=2, ffn_dim=64, text_layer=1, text_head=2)),
+            CaptionReader(replace(ReaderConfig.tiny(), dim=32, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=64)))
+
+
+def stage(kind: str, n_steps: int):
+    "A small module of a stage, and its batches."
+    with seeded(0, kind):
+        if kind == "arm":
+            cfg = replace(ARMConfig.tiny(), dim=32, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=64, text_size=TEXT.vocab_size)
+            tokenizer, model = VisualTokenizer(SIZES).eval(), ARM(cfg)
+            return LitARM(model, n_steps), mixed_tokens([ShapesPool(tokenizer, TEXT, 12, seed=0, n_captions=1, progress=False)], model.vocab, 8, seed=0)
+        towers, reader = judges()
+        if kind == "teacher": return LitTeacher(towers, reader, TEXT, n_steps), mixed_pictures([ShapesPictures()], 8, seed=0)
+        joint = kind == "tokenizer"
+        module = LitTokenizer(VisualTokenizer(SIZES), towers, reader, TEXT, n_steps, stage="joint" if joint else "decoder", flip_rate=0. if joint else .05, recolour=.5)
+        return module, mixed_pictures([ShapesPictures()], 8, seed=0)
+
+
+def same(a: dict, b: dict): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class PowerCut(Exception): pass
+
+
+def cut_at(draw, last: int):
+    "The batches of `draw`, until the power is cut."
+    def cut(step, rank, world):
+        if step >= last: raise PowerCut
+        return draw(step, rank, world)
+    return cut
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "teacher"))
+def test_an_interrupted_run_gives_the_same_bits(kind, tmp_path):
+    module, draw = stage(kind, 6)
+    straight = fit(module, draw, 6, tmp_path/"straight", kind, every=2).state_dict()
+    start = stage(kind, 6)[0].state_dict()
+    assert not same(start, straight)
+    for last in (1, 3, 5):  # before any checkpoint; one step after the first; one after the second
+        with pytest.raises(PowerCut): fit(stage(kind, 6)[0], cut_at(draw, last), 6, tmp_path/"broken", kind, every=2)
+    assert torch.load(tmp_path/"broken"/"last.ckpt", weights_only=True)["global_step"] == 4
+    assert same(fit(stage(kind, 6)[0], draw, 6, tmp_path/"broken", kind, every=2).state_dict(), straight)
+    assert read_log(tmp_path/"broken") == read_log(tmp_path/"straight")
+
+
+def test_workers_that_prepare_batches_do_not_skip_any_after_a_resume(tmp_path):
+    module, draw = stage("decoder", 4)
+    straight = fit(module, draw, 4, tmp_path/"straight", "decoder", every=2).state_dict()
+    with pytest.raises((PowerCut, RuntimeError)): fit(stage("decoder", 4)[0], cut_at(draw, 3), 4, tmp_path/"broken", "decoder", every=2, num_workers=1)
+    assert same(fit(stage("decoder", 4)[0], draw, 4, tmp_path/"broken", "decoder", every=2, num_workers=1).state_dict(), straight)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"): train_teacher(str(tmp_path/name), quick=True, steps=2, batch=4, every=2)
+    for part in ("towers", "reader"):
+        assert (tmp_path/"one"/"teacher"/f"{part}.safetensors").read_bytes() == (tmp_path/"two"/"teacher"/f"{part}.safetensors").read_bytes()
+
+
+def plain_steps(module):
+    "Plain gradient descent: weights then differ by as much as gradients do, and a gradient of the wrong size shows."
+    module.configure_optimizers = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=.05)
+    return module
+
+
+def descend(out, devices: int):
+    "Three steps of each stage; the first process writes the weights."
+    for kind in KINDS:
+        module, draw = stage(kind, 3)
+        fit(plain_steps(module), draw, 3, out/kind, kind, precision="32-true", devices=devices, strategy="auto" if devices == 1 else "ddp_find_unused_parameters_true")
+        if os.environ.get("RANK", "0") == "0": save_tensors(out/f"{kind}.safetensors", module.state_dict())
+
+
+def test_two_processes_equal_one(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests")])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path/"two")]
+    other = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    descend(tmp_path/"one", 1)
+    said, _ = other.communicate()
+    assert other.returncode == 0, said[-3000:]
+    for kind in KINDS:
+        start = stage(kind, 3)[0].state_dict()
+        one, two = (load_tensors(tmp_path/n/f"{kind}.safetensors") for n in ("one", "two"))
+        apart = {k: float((one[k].float() - two[k].float()).abs().max()) for k in one}
+        worst = max(apart, key=apart.get)
+        assert apart[worst] < 1e-5, f"{kind}: {worst} differs by {apart[worst]}"
+        assert max(float((one[k].float() - start[k].float()).abs().max()) for k in one) > 1e-3, "the weights hardly moved: nothing was compared"
+
+
+def test_each_process_trains_on_its_own_share():
+    module, draw = stage("tokenizer", 1)
+    whole = draw(0, 0, 1)
+    module._trainer = SimpleNamespace(global_rank=1, world_size=2)
+    assert torch.equal(draw(0, 1, 2).images, whole.images[1::2]) and draw(0, 1, 2).texts == whole.texts[1::2]
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+    descend(Path(sys.argv[1]), 2)
