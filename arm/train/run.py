@@ -201,7 +201,7 @@ def load_teacher(
     for name, part in (("towers", towers), ("reader", reader)): load_weights(part, load_tensors(path / f"{name}.safetensors"), source=path / f"{name}.safetensors")
     return freeze(towers), freeze(reader)
 
-# %% ../../nbs/43_train.run.ipynb #5e30734c
+# %% ../../nbs/43_train.run.ipynb #c029510c
 def train_tokenizer(
     out:str="runs/tiny", # run folder
     quick:bool=False, # the short run on shapes alone
@@ -220,7 +220,8 @@ def train_tokenizer(
     L.seed_everything(run.seed + 1, verbose=False)
     towers, reader = load_teacher(out)
     tokenizer = VisualTokenizer(TokenizerConfig.tiny()) if joint else load_tokenizer(out, "tokenizer")
-    module = LitTokenizer(tokenizer, towers, reader, text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1, seed=run.seed)
+    module = LitTokenizer(tokenizer, towers, reader, text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
+                          zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
     show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look), tokenizer.grid(look), steps=1)])
