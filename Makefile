@@ -35,10 +35,10 @@ pages: $(INSTALLED) ## run every page again, store its outputs, render the READM
 readme: $(INSTALLED) ## render README.md from nbs/index.ipynb as it is stored
 	@$(BIN)/python tests/tools/readme.py
 
-train: $(INSTALLED) ## train the shipped weights from scratch (at most 3 hours on 2 cores)
+train: $(INSTALLED) ## train the shipped weights from scratch: hours on 2 cores
 	$(BIN)/arm train all
 
-quick: $(INSTALLED) ## train the whole chain on shapes alone (at most 25 minutes on 2 cores)
+quick: $(INSTALLED) ## train the whole chain on shapes alone, a much shorter run
 	$(BIN)/arm train all --quick
 
 eval: $(INSTALLED) ## measure every score of the README
