@@ -28,12 +28,12 @@ class Quantizer(nn.Module):
 class PlainFSQ(FSQ, Quantizer):
     "Our finite scalar quantizer (tanh without a shift) behind the common interface."
 
-# %% ../../nbs/21a_tokenizer.quantizers.ipynb #9baeefbf
+# %% ../../nbs/21a_tokenizer.quantizers.ipynb #e42c7ef3
 def straight_through(
     z:Tensor, # (..., Q) what the gradient goes to
     codes:Tensor, # (..., Q) what is returned
 ) -> Tensor: # (..., Q) the codes to the last bit, with the gradient of z
-    "Forward the code, backward the identity (VQ-VAE, arXiv 1711.00937, sec. 3.1)."
+    "Forward the code, backward the identity (VQ-VAE, arXiv 1711.00937, sec. 3.2)."
     return codes.detach() + (z - z.detach())
 
 # %% ../../nbs/21a_tokenizer.quantizers.ipynb #4d54dcb7
@@ -62,13 +62,13 @@ class TextbookFSQ(PlainFSQ):
         digits, width = ((super().indices_to_codes(indices) + 1) * (self.levels - 1) / 2).round().long(), self.levels // 2
         return (digits - width) / width
 
-# %% ../../nbs/21a_tokenizer.quantizers.ipynb #46edb688
+# %% ../../nbs/21a_tokenizer.quantizers.ipynb #0efd3468
 def entropy_loss(
     u:Tensor, # (..., Q) latents on the unit sphere
     tau:float, # sharpness of the soft bits
     gamma:float=1., # weight of the second part, use of both values
 ) -> Tensor: # () nats; low: each latent sure, all together even
-    "Entropy of the soft bits of one latent, minus that of their mean over all latents (BSQ, arXiv 2406.07548, sec. 4.2)."
+    "Entropy of the soft bits of one latent, minus that of their mean over all latents (BSQ, arXiv 2406.07548)."
     x = (2 * tau * u.shape[-1]**-.5 * u).reshape(-1, u.shape[-1])
     p = torch.sigmoid(x)
     mean = p.mean(0).clamp(1e-6, 1 - 1e-6)
@@ -155,7 +155,7 @@ class TableQuantizer(Quantizer):
             raise ValueError(f"indices span [{indices.min()}, {indices.max()}]: they must lie in [0, {self.codebook_size}); is a text id among them?")
         return self.rows()[indices]
 
-# %% ../../nbs/21a_tokenizer.quantizers.ipynb #c81ff6e7
+# %% ../../nbs/21a_tokenizer.quantizers.ipynb #df461e10
 class Codebook(nn.Module):
     "A table of K vectors that follows the latents: moving averages (VQ-VAE, arXiv 1711.00937, appendix A.1) and restarts (Jukebox, arXiv 2005.00341)."
     def __init__(self,
@@ -183,17 +183,17 @@ class Codebook(nn.Module):
         z:Tensor, # (M, Q) latents of a batch
     ) -> Tensor: # (D,) int64 numbers of the entries that were moved, at most M
         "Move dead entries onto different latents of the batch, with the share of use that is fair."
-        if torch.distributed.is_initialized() and (n := torch.distributed.get_world_size()) > 1:
-            raise ValueError(f"{n} processes: codebooks would drift apart between them; train on one, or take 'fsq' or 'bsq'")
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(f"{torch.distributed.get_world_size()} processes: codebooks would drift apart between them; train on one, or take 'fsq' or 'bsq'")
         dead = (self.idle >= self.patience * self.codebook_size).nonzero()[:, 0] if self.patience else self.idle[:0]
         fresh = z.unique(dim=0) if len(dead) else z[:0]
         n, g = min(len(dead), len(fresh)), make_generator(self.seed, "restart", int(self.steps))
         dead, fresh = (x[torch.randperm(len(x), generator=g)[:n].to(x.device)] for x in (dead, fresh))
-        share = len(z) / self.codebook_size
-        self.codebook[dead], self.count[dead], self.total[dead], self.idle[dead] = fresh, share, fresh * share, 0
+        share, self.idle[dead] = len(z) / self.codebook_size, 0
+        self.codebook[dead], self.count[dead], self.total[dead] = fresh, share, fresh * share
         return dead
 
-# %% ../../nbs/21a_tokenizer.quantizers.ipynb #9118240f
+# %% ../../nbs/21a_tokenizer.quantizers.ipynb #9e2d8d58
 class VectorQuantizer(Codebook, TableQuantizer):
     "Nearest entry of a learned codebook (VQ-VAE, arXiv 1711.00937)."
     def rows(self) -> Tensor: return self.codebook.detach() # (codebook_size, Q)
@@ -225,8 +225,7 @@ class VectorQuantizer(Codebook, TableQuantizer):
         with torch.autocast(z.device.type, enabled=False):
             z, rows = z.float(), z.detach().float().reshape(-1, self.n_channel)
             if self.training: self.restart(rows)
-            ids = nearest(z, self.codebook)
-            codes = self.codebook[ids]
+            codes = self.codebook[ids := nearest(z, self.codebook)]
             loss = self.beta * F.mse_loss(z, codes.detach())
             if self.learn == "gradient": loss = loss + F.mse_loss(codes, z.detach())
             if self.training: self.follow(rows, ids.reshape(-1))
