@@ -43,7 +43,7 @@ def stage(kind: str, n_steps: int):
         towers, reader = judges()
         if kind == "teacher": return LitTeacher(towers, reader, TEXT, n_steps), mixed_pictures([ShapesPictures()], 8, seed=0)
         joint = kind == "tokenizer"
-        module = LitTokenizer(VisualTokenizer(SIZES), towers, reader, TEXT, n_steps, stage="joint" if joint else "decoder", flip_rate=0. if joint else .05, recolour=.5)
+        module = LitTokenizer(VisualTokenizer(SIZES), towers, reader, TEXT, n_steps, stage="joint" if joint else "decoder", flip_rate=0. if joint else .05, recolour=.5, semantic_every=2)
         return module, mixed_pictures([ShapesPictures()], 8, seed=0)
 
 

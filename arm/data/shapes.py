@@ -6,7 +6,8 @@
 __all__ = ['SHAPES', 'COLORS', 'SIZES', 'RADIUS', 'BACKGROUND', 'CELL', 'CANVASES', 'MAX_OBJECTS', 'HELD_OUT', 'SPLITS', 'PAIRS',
            'SEEN_PAIRS', 'Obj', 'Scene', 'place_name', 'coverage', 'render', 'split_of', 'sample_scene', 'QA']
 
-# %% ../../nbs/10_data.shapes.ipynb #15421db7
+# %% ../../nbs/10_data.shapes.ipynb #eeda23b7
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -95,22 +96,23 @@ def coverage(
     else: inside = (np.minimum(abs(y), abs(x)) <= r / 3) & (np.maximum(abs(y), abs(x)) <= r)
     return inside.reshape(CELL, 8, CELL, 8).mean((1, 3), dtype=np.float32)
 
-# %% ../../nbs/10_data.shapes.ipynb #5690c9d1
+# %% ../../nbs/10_data.shapes.ipynb #f94fdcc8
 @lru_cache(maxsize=4096)
-def _tile(shape, color, size, dy, dx):
+def _tile(shape, rgb, size, dy, dx):
     "(3, 16, 16) uint8 picture of one cell; a world has only 576 of them."
     mask = coverage(shape, size, dy, dx)
-    rgb = np.array(COLORS[color], np.float32)[:, None, None]
+    rgb = np.array(rgb, np.float32)[:, None, None]
     return (BACKGROUND + mask * (rgb - BACKGROUND)).round().astype(np.uint8)
 
 def render(
     scene: Scene, # what to draw
+    palette: Mapping[str, tuple[int, int, int]] = COLORS, # colour name to red, green, blue, each 0 to 255
 ) -> Tensor:      # (3, H, W) uint8, H and W are 16 px per cell
     "The picture of a scene: one cached tile per object on light grey."
     image = np.full((3, scene.rows * CELL, scene.cols * CELL), BACKGROUND, np.uint8)
     for o in scene.objs:
         y, x = o.row * CELL, o.col * CELL
-        image[:, y:y + CELL, x:x + CELL] = _tile(o.shape, o.color, o.size, o.dy, o.dx)
+        image[:, y:y + CELL, x:x + CELL] = _tile(o.shape, palette[o.color], o.size, o.dy, o.dx)
     return torch.from_numpy(image)
 
 # %% ../../nbs/10_data.shapes.ipynb #fd7e0744

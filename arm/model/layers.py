@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .sequence import Vocab, check_whole, visual_positions
 
-# %% ../../nbs/31a_model.layers.ipynb #89a5dc5f
+# %% ../../nbs/31a_model.layers.ipynb #ed6ab588
 @dataclass(frozen=True, kw_only=True)
 class ARMConfig:
     "All that shapes the autoregressive model."
@@ -33,7 +33,7 @@ class ARMConfig:
     tie_text_head: bool = True # text head = text embedding
     qkv_bias: bool = True   # biases on q, k, v
     visual_groups: int = 1  # groups of bits that are predicted one after another; 1: one softmax over all codes
-    visual_input: str = "linear" # embedding of a code: "linear" map of its bits, "table", or "sum" of both
+    visual_input: str = "linear" # embedding of a code: "linear" map of its bits, "table" (one row per value of each group), or "sum" of both
     visual_pos: bool = False # add row and column embeddings of the token and of the place that it predicts
 
     head_dim = property(lambda self: self.dim // self.n_head, doc="K, width of a head.")
@@ -45,19 +45,21 @@ class ARMConfig:
     @classmethod
     def tiny(cls) -> "ARMConfig":
         "Trains on two CPU cores (all numbers are our choice)."
-        return cls(dim=192, n_layer=6, n_head=6, n_kv_head=2, ffn_dim=528, text_size=2048, visual_groups=2, visual_pos=True)
+        return cls(dim=192, n_layer=6, n_head=6, n_kv_head=3, ffn_dim=528, text_size=2048, visual_groups=2, visual_input="sum", visual_pos=True)
 
     @classmethod
     def paper(cls) -> "ARMConfig":
         "Qwen2.5-7B (its config.json) with a linear head over 65,536 codes; sides up to 64 patches (1,024 px) are our choice."
         return cls(dim=3584, n_layer=28, n_head=28, n_kv_head=4, ffn_dim=18944, text_size=152_064, rope_theta=1e6, tie_text_head=False)
 
-# %% ../../nbs/31a_model.layers.ipynb #fd06960c
+# %% ../../nbs/31a_model.layers.ipynb #f0c537bd
 def check_config(
     cfg: ARMConfig, # what somebody asks for
 ) -> None:
     "Refuse what cannot be built, with the rule and the fix."
     check_whole(cfg, "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "text_size", "n_bits", "max_side", "visual_groups")
+    for n, most in (("n_layer", 1000), ("dim", 2**16), ("ffn_dim", 2**18), ("text_size", 2**20), ("max_side", 2**12)): # no file can make us build more
+        if getattr(cfg, n) > most: raise ValueError(f"{n} is {getattr(cfg, n)}; at most {most}. Give a smaller one.")
     for n in ("rope_theta", "norm_eps"):
         if not 0 < getattr(cfg, n) < float("inf"): raise ValueError(f"{n} is {getattr(cfg, n)!r}; it must be a positive number.")
     if cfg.dim % (2 * cfg.n_head):
@@ -131,7 +133,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.down(FusedSwiGLU.apply(self.gate_up(x))) # (...,D)
 
-# %% ../../nbs/31a_model.layers.ipynb #812260be
+# %% ../../nbs/31a_model.layers.ipynb #fd24c262
 class Embedding(nn.Module):
     "Ids to vectors: a table for text, a linear map of the bits for visual codes, places on top."
     def __init__(self,
@@ -140,7 +142,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.vocab, self.kind = cfg.vocab, cfg.visual_input
         self.text = nn.Embedding(self.vocab.n_text, cfg.dim, padding_idx=self.vocab.pad) # the row of pad stays zero
-        if self.kind != "linear": self.table = nn.Embedding(cfg.codebook_size, cfg.dim)
+        self.groups, self.rows = cfg.visual_groups, 2**(cfg.n_bits // cfg.visual_groups)
+        if self.kind != "linear": self.table = nn.Embedding(self.groups * self.rows, cfg.dim) # one row per value of each group
         self.n_bits = 0 if self.kind == "table" else cfg.n_bits
         # row and column here, row and column of the predicted token: four tables in one, entry 0 of each means "none"
         self.side = cfg.max_side + 1 if cfg.visual_pos else 0
@@ -166,8 +169,9 @@ class Embedding(nn.Module):
         visual = ids >= self.vocab.visual_offset
         x = self.text(torch.where(visual, self.vocab.pad, ids))
         if self.visual is not None: x = x + self.visual(self.features(ids, places))
-        if self.kind != "linear": x = x + self.table((ids - self.vocab.visual_offset).clamp(min=0)) * visual[..., None]
-        return x
+        if self.kind == "linear": return x
+        code, group = (ids - self.vocab.visual_offset).clamp(min=0)[..., None], torch.arange(self.groups, device=ids.device)
+        return x + self.table(code // self.rows**group % self.rows + group * self.rows).sum(-2) * visual[..., None]
 
 # %% ../../nbs/31a_model.layers.ipynb #5f5faf75
 class GroupLogits(nn.Module):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BRANCHES', 'IGNORE', 'check_whole', 'Vocab', 'text_ids', 'image_ids', 'ImagePrompt', 'Sample', 'image_sample',
-           'qa_prompt', 'qa_sample', 'text_sample', 'Segments', 'segments', 'Batch', 'pad_batch', 'split_batch',
-           'pack_rows', 'pack', 'visual_positions']
+           'chain_sample', 'qa_prompt', 'qa_sample', 'text_sample', 'Segments', 'segments', 'Batch', 'pad_batch',
+           'split_batch', 'pack_rows', 'pack', 'visual_positions']
 
 # %% ../../nbs/30_model.sequence.ipynb #8c246836
 import random
@@ -133,6 +133,21 @@ def image_sample(
     start = prompt.ids(vocab)
     codes = image_ids(vocab, indices, prompt.grid)[3:-1]
     return Sample([*start, *codes, vocab.eoi, vocab.eos], [IGNORE] * len(start) + codes + [IGNORE, vocab.eos])
+
+# %% ../../nbs/30_model.sequence.ipynb #5998a6ab
+def chain_sample(
+    vocab: Vocab, # the id space
+    prompt: ImagePrompt, # text-to-image
+    indices, # (N,) codes of its picture
+    edits: list[tuple[list[int], Tensor]], # (instruction ids, (N,) codes of the picture after it), one or more, all of the prompt's size
+) -> Sample: # BOS text picture (instruction picture)+ EOS, loss on all codes and EOS
+    "A training document of a picture and its edits (the paper's interleaved data, sec. 4, as reported)."
+    first = image_sample(vocab, prompt, indices)
+    ids, labels = first.input_ids[:-1], first.labels[:-1]
+    for instruction, after in edits:
+        start, codes = [*text_ids(vocab, instruction), *image_ids(vocab, after, prompt.grid)[:3]], image_ids(vocab, after, prompt.grid)[3:-1]
+        ids, labels = [*ids, *start, *codes, vocab.eoi], [*labels, *[IGNORE] * len(start), *codes, IGNORE]
+    return Sample([*ids, vocab.eos], [*labels, vocab.eos])
 
 # %% ../../nbs/30_model.sequence.ipynb #904791b7
 def qa_prompt(

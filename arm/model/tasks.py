@@ -77,7 +77,7 @@ class ArmBase:
                     for im in self.tokenizer.decode(torch.stack([codes[i][0] for i in at[k:k + batch_size]]).to(self.device), grid, steps)]
         return grouped([grid for _, grid in codes], run)
 
-# %% ../../nbs/34_model.tasks.ipynb #dc07b716
+# %% ../../nbs/34_model.tasks.ipynb #8df4938a
 class ArmFolder(ArmBase):
     "A model folder, written and read."
     def to(self,
@@ -106,11 +106,12 @@ class ArmFolder(ArmBase):
 
     def save_pretrained(self,
         path:str|Path, # folder, made if missing
-        dtype:torch.dtype=torch.bfloat16, # of all weights but the down-projection, whose codes need float32
+        dtype:torch.dtype=torch.bfloat16, # of all weights but the down-projection, whose codes must not change
     ) -> None:
         "Write config.json, the weights as safetensors, and the words."
         path = Path(path); path.mkdir(parents=True, exist_ok=True)
-        save_tensors(path / "tokenizer.safetensors", {k: v if k.startswith("down.") else v.to(dtype) for k, v in self.tokenizer.state_dict().items()})
+        exact = lambda v: v.half() if torch.equal(v.half().float(), v) else v # see `VisualTokenizer.settle`
+        save_tensors(path / "tokenizer.safetensors", {k: exact(v) if k.startswith("down.") else v.to(dtype) for k, v in self.tokenizer.state_dict().items()})
         save_tensors(path / "arm.safetensors", {k: v.to(dtype) for k, v in self.model.state_dict().items()})
         self.text.save(path / "text.json")
         save_json(path / "config.json", dict(format=FORMAT, tokenizer=config_to_dict(self.tokenizer.cfg), arm=config_to_dict(self.model.cfg), card=self.card))

@@ -6,7 +6,7 @@
 __all__ = ['StepDataset', 'StepSampler', 'StepData', 'Pictures', 'ShapesPictures', 'shift', 'subset', 'EmojiPictures',
            'mixed_pictures']
 
-# %% ../../nbs/40_train.data.ipynb #7218ab0e
+# %% ../../nbs/40_train.data.ipynb #4aff37de
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from random import Random
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..core import make_rng, to_float
 from ..data.emojitasks import DerivedPairs, pairs
 from ..data.openmoji import OpenMoji
-from ..data.shapes import CANVASES, render, sample_scene
+from ..data.shapes import CANVASES, sample_scene
+from ..data.shapeguises import in_guise, sample_guise, say_in_guise
 from ..data.shapetasks import edit
 from ..data.shapetext import caption
 
@@ -68,7 +69,7 @@ class StepData(L.LightningDataModule):
         return DataLoader(data, batch_size=None, sampler=StepSampler(self.n_steps, lambda: t.global_step if t else 0),
                           num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
 
-# %% ../../nbs/40_train.data.ipynb #53b32dd2
+# %% ../../nbs/40_train.data.ipynb #abbe39e6
 class Pictures(NamedTuple):
     "A batch for the teacher and the tokenizer."
     images:Tensor # (B, 3, H, W) float in [-1, 1]
@@ -76,6 +77,11 @@ class Pictures(NamedTuple):
 
 class ShapesPictures:
     "Endless pictures of the shapes world with captions; every second one is an edited twin of the one before it."
+    def __init__(self,
+        disguised:float=.3, # share of pairs in invented colours
+    ):
+        self.disguised = disguised
+
     def __call__(self,
         rng:Random, # decides everything
         n:int, # number of pictures, even
@@ -85,8 +91,9 @@ class ShapesPictures:
         while len(images) < n:
             scene = sample_scene(rng, canvas=canvas)
             if (change := edit(scene, rng)) is None: continue
+            guise = sample_guise(rng) if rng.random() < self.disguised else {}
             for s in (scene, change.target):
-                images.append(render(s)); texts.append(caption(s, rng).text)
+                images.append(in_guise(s, guise)); texts.append(say_in_guise(caption(s, rng).text, guise))
         return Pictures(to_float(torch.stack(images[:n])), texts[:n])
 
 # %% ../../nbs/40_train.data.ipynb #bab9f861

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encode_images', 'ShapesPool', 'EmojiPool', 'Mixture', 'mixed_tokens']
 
-# %% ../../nbs/40a_train.pool.ipynb #1cffd362
+# %% ../../nbs/40a_train.pool.ipynb #009b07ac
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -15,53 +15,63 @@ from tqdm.auto import tqdm
 from ..core import make_rng, to_float
 from ..data.emojitasks import DerivedPairs, instruction, pairs, questions as emoji_questions
 from ..data.openmoji import OpenMoji
-from ..data.shapes import CANVASES, render, sample_scene
+from ..data.shapeguises import in_guise, sample_guise, say_in_guise
+from ..data.shapes import CANVASES, sample_scene
 from ..data.shapetasks import edit, questions
 from ..data.shapetext import caption, full_caption
 from ..data.text import TextTokenizer
-from ..model.sequence import Batch, ImagePrompt, Sample, Vocab, image_sample, qa_sample, split_batch, text_sample
+from ..model.sequence import Batch, ImagePrompt, Sample, Vocab, chain_sample, image_sample, qa_sample, split_batch, text_sample
 from ..model.tasks import DESCRIBE
+from ..tokenizer.decoder import patchify, unpatchify
 from ..tokenizer.model import VisualTokenizer
 from .data import shift
 
-# %% ../../nbs/40a_train.pool.ipynb #95662b26
+# %% ../../nbs/40a_train.pool.ipynb #9d6a49f3
 def encode_images(
     tokenizer:VisualTokenizer, # in evaluation mode
     images:Tensor, # (M, 3, H, W) uint8
-    batch_size:int=256, # pictures at a time
+    batch_size:int=1024, # pictures at a time
 ) -> Tensor: # (M, N) int64 indices
-    "Encode many pictures of one size."
-    return torch.cat([tokenizer.encode(to_float(b)) for b in images.split(batch_size)])
+    "Encode many pictures of one size; where a code depends on its patch alone, equal patches are encoded once."
+    cfg, out = tokenizer.cfg, []
+    for some in images.split(batch_size):
+        if cfg.source != "patch" or cfg.down_layer: out.append(tokenizer.encode(to_float(some))); continue
+        p = patchify(some, cfg.patch_size).flatten(0, 1) # (n, 3·patch·patch)
+        where = {} # content of a patch -> its number among the different ones
+        number = torch.tensor([where.setdefault(row.tobytes(), len(where)) for row in p.numpy()])
+        different = torch.zeros(len(where), p.shape[1], dtype=p.dtype).index_copy_(0, number.flip(0), p.flip(0))
+        codes = tokenizer.encode(to_float(unpatchify(different[:, None], (1, 1), cfg.patch_size)))[:, 0]
+        out.append(codes[number].view(len(some), -1))
+    return torch.cat(out)
 
-# %% ../../nbs/40a_train.pool.ipynb #6e20508a
+# %% ../../nbs/40a_train.pool.ipynb #fa2918df
 class ShapesPool:
-    "Scenes of the training split with their codes, captions, questions and edits."
+    "Scenes of the training split with their codes, captions, questions and edits; some are in disguise."
     def __init__(self,
         tokenizer:VisualTokenizer, # frozen
         text:TextTokenizer, # words to ids
         n_scenes:int, # scenes in the pool, spread over the canvases
         seed:int, # of the pool
         n_captions:int=4, # wordings per scene
+        disguised:float=.35, # share of scenes in invented colours
         progress:bool=True, # show a bar
     ):
-        self.items, self.by = [], []
+        self.items = []
         for k, (rows, cols) in enumerate(CANVASES):
-            scenes, edits = [], []
-            rng = make_rng(seed, "pool", k)
+            drawn, rng = [], make_rng(seed, "pool", k)
             for _ in tqdm(range(n_scenes // len(CANVASES)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
                 while (change := edit(scene := sample_scene(rng, canvas=(rows, cols)), rng)) is None: pass
-                scenes.append(scene); edits.append(change)
-            codes = encode_images(tokenizer, torch.stack([render(s) for s in scenes])).short() # int16 holds 65,536 codes, read back below
-            targets = encode_images(tokenizer, torch.stack([render(e.target) for e in edits])).short()
-            grid = (2 * rows, 2 * cols)
-            for s, e, c, t in zip(scenes, edits, codes, targets):
-                self.items.append((grid, c, [text.encode(caption(s, rng).text) for _ in range(n_captions)],
-                    [(text.encode(q.question), text.encode(q.answer)) for _ in range(2) for q in questions(s, rng)],
-                    text.encode(full_caption(s)), text.encode(e.instruction), t))
+                drawn.append((scene, change, sample_guise(rng) if rng.random() < disguised else {}))
+            codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).short() # int16 holds 65,536 codes, read back below
+            targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).short()
+            for (s, e, g), c, t in zip(drawn, codes, targets):
+                say = lambda words: text.encode(say_in_guise(words, g))
+                self.items.append(((2 * rows, 2 * cols), c, [say(caption(s, rng).text) for _ in range(n_captions)],
+                    [(say(q.question), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t))
         self.describe = text.encode(DESCRIBE)
 
     def sample(self,
-        task:str, # "t2i", "edit", "qa" or "text"
+        task:str, # "t2i", "edit", "chain", "qa" or "text"
         rng:Random, # decides everything
         vocab:Vocab, # id space
         drop:float, # probability that a condition is left out, text and source apart
@@ -71,11 +81,12 @@ class ShapesPool:
         codes, target = codes.long() & 0xFFFF, target.long() & 0xFFFF
         if task == "t2i": return image_sample(vocab, ImagePrompt(rng.choice(captions), grid).drop(rng, text=drop), codes)
         if task == "edit": return image_sample(vocab, ImagePrompt(words, grid, codes).drop(rng, text=drop, source=drop), target)
+        if task == "chain": return chain_sample(vocab, ImagePrompt(rng.choice(captions), grid).drop(rng, text=drop), codes, [(words, target)])
         if task == "text": return text_sample(vocab, rng.choice(captions))
         turns = rng.sample(qas, min(6, len(qas))) + [(self.describe, full)] * (rng.random() < .5)
         return qa_sample(vocab, codes, grid, rng.sample(turns, len(turns)))
 
-# %% ../../nbs/40a_train.pool.ipynb #900f6d9e
+# %% ../../nbs/40a_train.pool.ipynb #ae09b0d0
 class EmojiPool:
     "Training pictures of OpenMoji with their codes, captions, questions and edit pairs."
     def __init__(self,
@@ -84,7 +95,7 @@ class EmojiPool:
         data:OpenMoji, # all pictures
         seed:int, # of the shifts
         n_shifts:int=4, # moved versions of each picture besides the true one
-        derived:float=.35, # share of derived pictures
+        derived:float=.3, # share of derived pictures
     ):
         self.data, self.text, self.derived, rng = data, text, derived, make_rng(seed, "shifts")
         moves = [(0, 0)] + [(rng.randint(-2, 2), rng.randint(-2, 2)) for _ in range(n_shifts)]
@@ -94,7 +105,7 @@ class EmojiPool:
         self.grid = (data.images.shape[-2] // tokenizer.cfg.patch_size, data.images.shape[-1] // tokenizer.cfg.patch_size)
         self.true, self.made = data.ids("train"), [i for k in ("skin", "line") for i in data.ids("train", k)]
         self.captions = {i: [text.encode(c) for c in data.captions(i)] for i in rows}
-        self.qas = {i: [(text.encode(q.question), text.encode(q.answer)) for q in emoji_questions(data, i)] for i in rows}
+        self.qas = {i: [(text.encode(q.question), text.encode(q.answer)) for _ in range(2) for q in emoji_questions(data, i, rng)] for i in rows}
         self.kinds = {}
         for p in pairs(data, split="train"): self.kinds.setdefault(p.kind, []).append(p)
         self.weights = [len(v) ** .5 * (.3 if k == "line_art" else 1.) for k, v in self.kinds.items()]
@@ -102,15 +113,16 @@ class EmojiPool:
         self.describe = text.encode(DESCRIBE)
 
     def sample(self,
-        task:str, # "t2i", "edit", "qa" or "text"
+        task:str, # "t2i", "edit", "chain", "qa" or "text"
         rng:Random, # decides everything
         vocab:Vocab, # id space
         drop:float, # probability that a condition is left out, text and source apart
     ) -> Sample: # one document
         "Draw a document of a task."
-        if task == "edit":
+        if task in ("edit", "chain"):
             pair = self.invented.sample(rng) if rng.random() < self.derived else rng.choice(self.kinds[rng.choices(list(self.kinds), self.weights)[0]])
             v, words = rng.randrange(len(self.codes[pair.src])), self.text.encode(instruction(pair, rng))
+            if task == "chain": return chain_sample(vocab, ImagePrompt(self.caption(pair.src, rng), self.grid).drop(rng, text=drop), self.codes[pair.src][0], [(words, self.codes[pair.dst][0])])
             return image_sample(vocab, ImagePrompt(words, self.grid, self.codes[pair.src][v]).drop(rng, text=drop, source=drop), self.codes[pair.dst][v])
         i = rng.choice(self.made if rng.random() < self.derived else self.true)
         if task == "t2i": return image_sample(vocab, ImagePrompt(self.caption(i, rng), self.grid).drop(rng, text=drop), self.codes[i][0])
@@ -126,38 +138,46 @@ class EmojiPool:
         "The true caption half of the time, else another wording."
         return self.captions[i][0] if rng.random() < .5 else rng.choice(self.captions[i])
 
-# %% ../../nbs/40a_train.pool.ipynb #0701e77a
+# %% ../../nbs/40a_train.pool.ipynb #17a767dc
 @dataclass(kw_only=True, frozen=True)
 class Mixture:
     "Shares of the tasks among the documents; they are normalised."
-    t2i:float = .38 # text to image
-    edit:float = .30 # edits
+    t2i:float = .20 # text to image
+    edit:float = .22 # edits
+    chain:float = .26 # a picture from its caption, and then its edit
     qa:float = .30 # questions and captions, several turns in one document
     text:float = .02 # plain text
 
     @classmethod
+    def openmoji(cls) -> "Mixture":
+        "For a world with few pictures and many captions to know by heart: more text to image (our choice)."
+        return cls(t2i=.36, edit=.24, chain=.10, qa=.28, text=.02)
+
+    @classmethod
     def paper(cls) -> "Mixture":
-        "Pre-training as reported: text 5 %, image to text 10 %, text to image 70 %, interleaved 15 % (here: edits)."
-        return cls(text=.05, qa=.10, t2i=.70, edit=.15)
+        "Pre-training as reported: text 5 %, image to text 10 %, text to image 70 %, interleaved 15 % (here: chains)."
+        return cls(text=.05, qa=.10, t2i=.70, edit=0., chain=.15)
 
     def __post_init__(self):
         shares = list(vars(self).values())
         if min(shares) < 0 or sum(shares) <= 0: raise ValueError(f"mixture {vars(self)}: shares must be at least 0 and not all 0")
 
-# %% ../../nbs/40a_train.pool.ipynb #275326ba
+# %% ../../nbs/40a_train.pool.ipynb #280dcdf1
 def mixed_tokens(
     pools:list, # worlds, each with `sample(task, rng, vocab, drop)`
     vocab:Vocab, # id space
     batch_size:int, # documents of all processes together
     seed:int, # of the stream
-    mixture:Mixture=Mixture(), # shares of the tasks
+    mixture:Mixture|list[Mixture]=Mixture(), # shares of the tasks, for all worlds or one for each
     drop:float=.1, # probability that a condition is left out (text and source apart), for guidance
     parts:int=4, # padded parts of like length that a batch is cut into
 ) -> Callable[[int, int, int], list[Batch]]: # what `StepData` takes
     "Documents of all worlds and tasks in fixed shares; each process keeps its share."
-    tasks, shares = list(vars(mixture)), list(vars(mixture).values())
+    worlds = list(zip(pools, mixture if isinstance(mixture, list) else [mixture] * len(pools), strict=True))
     def draw(step, rank, world):
         rng, samples = make_rng(seed, "tokens", step), []
-        for i in range(batch_size): samples.append(pools[i % len(pools)].sample(rng.choices(tasks, shares)[0], rng, vocab, drop))
+        for i in range(batch_size):
+            pool, shares = worlds[i % len(worlds)]
+            samples.append(pool.sample(rng.choices(list(vars(shares)), list(vars(shares).values()))[0], rng, vocab, drop))
         return split_batch(vocab, samples[rank::world], parts)
     return draw

@@ -7,7 +7,7 @@ __all__ = ['RunConfig', 'run_config', 'Line', 'quiet', 'Samples', 'fit', 'read_l
            'train_teacher', 'load_teacher', 'train_tokenizer', 'load_tokenizer', 'pools', 'train_arm', 'train_all',
            'assemble']
 
-# %% ../../nbs/43_train.run.ipynb #c6ad998e
+# %% ../../nbs/43_train.run.ipynb #d23779fb
 import csv, math, os, sys, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,10 +25,10 @@ from ..tokenizer.model import TokenizerConfig, VisualTokenizer
 from ..tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig, freeze
 from .arm import LitARM
 from .data import EmojiPictures, ShapesPictures, StepData, mixed_pictures
-from .pool import EmojiPool, ShapesPool, mixed_tokens
+from .pool import EmojiPool, Mixture, ShapesPool, mixed_tokens
 from .tokenizer import LitTeacher, LitTokenizer
 
-# %% ../../nbs/43_train.run.ipynb #8dd34c09
+# %% ../../nbs/43_train.run.ipynb #de65b7bf
 @dataclass(kw_only=True, frozen=True)
 class RunConfig:
     "Lengths and sizes of a run of the whole chain; steps, never seconds, so that the same command gives the same weights."
@@ -40,19 +40,20 @@ class RunConfig:
     scenes:int # scenes in the pool
     teacher_batch:int=128 # pictures per step
     tokenizer_batch:int=64 # pictures per step
-    arm_batch:int=96 # documents per step
+    arm_batch:int=64 # documents per step
     arm_lr:float=2e-3 # peak learning rate of the transformer
+    arm_hold:float=.7 # share of the transformer's steps at the full rate
     seed:int=0 # of everything
 
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=3500, decoder_steps=4000, arm_steps=4600, scenes=40_000)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=3000, decoder_steps=4500, arm_steps=5700, scenes=40_000)
 
     @classmethod
     def quick(cls) -> "RunConfig":
         "Shapes alone, for a coffee break."
-        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=1200, decoder_steps=500, arm_steps=3000, scenes=24_000, arm_batch=64)
+        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=1200, decoder_steps=500, arm_steps=3000, scenes=24_000)
 
 def run_config(
     quick:bool=False, # the short run on shapes alone
@@ -149,7 +150,7 @@ def read_log(
     names = dict.fromkeys(k for r in rows for k in r if k not in ("step", "epoch"))
     return {k: ([int(r["step"]) for r in rows if r.get(k)], [float(r[k]) for r in rows if r.get(k)]) for k in names}
 
-# %% ../../nbs/43_train.run.ipynb #dcbe1719
+# %% ../../nbs/43_train.run.ipynb #3880a159
 def folder(
     out:str|Path, # run folder
     stage:str, # stage whose result is needed
@@ -170,11 +171,12 @@ def finish(
 
 def pictures(
     run:RunConfig, # which worlds
+    disguised:float=.3, # share of scenes in invented colours
 ) -> list[Callable]: # one stream per world
     "The picture streams of a run's worlds."
-    return [ShapesPictures() if w == "shapes" else EmojiPictures(load_openmoji()) for w in run.worlds]
+    return [ShapesPictures(disguised) if w == "shapes" else EmojiPictures(load_openmoji()) for w in run.worlds]
 
-# %% ../../nbs/43_train.run.ipynb #6ae0f91c
+# %% ../../nbs/43_train.run.ipynb #c033b435
 def train_teacher(
     out:str="runs/tiny", # run folder
     quick:bool=False, # the short run on shapes alone
@@ -189,7 +191,7 @@ def train_teacher(
     if (path / "done.json").exists(): return
     L.seed_everything(run.seed, verbose=False)
     module = LitTeacher(SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny()), text, n)
-    fit(module, mixed_pictures(pictures(run), run.teacher_batch, run.seed), n, path, "teacher", every=every)
+    fit(module, mixed_pictures(pictures(run, disguised=0.), run.teacher_batch, run.seed), n, path, "teacher", every=every)
     finish(path, dict(towers=module.towers, reader=module.reader), n)
 
 def load_teacher(
@@ -201,7 +203,7 @@ def load_teacher(
     for name, part in (("towers", towers), ("reader", reader)): load_weights(part, load_tensors(path / f"{name}.safetensors"), source=path / f"{name}.safetensors")
     return freeze(towers), freeze(reader)
 
-# %% ../../nbs/43_train.run.ipynb #c029510c
+# %% ../../nbs/43_train.run.ipynb #c46286c2
 def train_tokenizer(
     out:str="runs/tiny", # run folder
     quick:bool=False, # the short run on shapes alone
@@ -226,6 +228,7 @@ def train_tokenizer(
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
     show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look), tokenizer.grid(look), steps=1)])
     fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every)
+    if joint: tokenizer.settle() # later stages and users see the codes of the weights that are saved
     finish(path, dict(tokenizer=tokenizer), n)
 
 def load_tokenizer(
@@ -237,7 +240,7 @@ def load_tokenizer(
     load_weights(tokenizer, load_tensors(folder(out, stage) / "tokenizer.safetensors"))
     return tokenizer.eval()
 
-# %% ../../nbs/43_train.run.ipynb #194d6bed
+# %% ../../nbs/43_train.run.ipynb #4c9387d8
 def pools(
     run:RunConfig, # worlds and sizes
     tokenizer:VisualTokenizer, # frozen
@@ -265,8 +268,9 @@ def train_arm(
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0)))
-    module = LitARM(model, n, lr=run.arm_lr)
-    fit(module, mixed_tokens(pools(run, tokenizer), model.vocab, run.arm_batch, run.seed), n, path, "arm", samples=show, every=every)
+    module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
+    mixtures = [Mixture() if w == "shapes" else Mixture.openmoji() for w in run.worlds]
+    fit(module, mixed_tokens(pools(run, tokenizer), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
     finish(path, dict(arm=model), n)
 
 # %% ../../nbs/43_train.run.ipynb #8ef1bec3

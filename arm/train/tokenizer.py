@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['warmup_linear', 'adamw', 'reader_ids', 'processes', 'fair_mean', 'fair_sigmoid', 'LitTeacher', 'Dice',
-           'recolour_pixels', 'inked', 'structure_loss', 'TokenizerLosses', 'LitTokenizer']
+           'recolour_pixels', 'inked', 'agreement_loss', 'turn_patches', 'sketch_loss', 'TokenizerLosses',
+           'LitTokenizer']
 
-# %% ../../nbs/41_train.tokenizer.ipynb #a2a4e200
+# %% ../../nbs/41_train.tokenizer.ipynb #3e57d0c4
 import lightning as L, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from ..data.text import TextTokenizer
-from ..tokenizer.losses import caption_loss, feature_loss, noised, pixel_flow_loss, sigmoid_loss, total_loss
-from ..tokenizer.decoder import patchify
+from ..tokenizer.losses import caption_loss, coarse_square, feature_loss, noised, pixel_flow_loss, sigmoid_loss, total_loss
+from ..tokenizer.decoder import patchify, unpatchify
 from ..tokenizer.model import VisualTokenizer, flip_bits
 from ..tokenizer.siglip import CaptionReader, SiglipTowers, freeze
 from .data import Pictures
@@ -152,7 +153,7 @@ def recolour_pixels(
     gamma = torch.exp((rand(n, 3, 1, 1) * 2 - 1) * strength + (rand(n, 1, 1, 1) - .5) * strength)
     return p.clamp(1e-4, 1) ** gamma * 2 - 1
 
-# %% ../../nbs/41_train.tokenizer.ipynb #fd259d7e
+# %% ../../nbs/41_train.tokenizer.ipynb #0f7fe237
 def inked(
     images:Tensor, # (B, 3, H, W)
     patch:int, # px
@@ -161,19 +162,45 @@ def inked(
     p = patchify(images, patch)
     return (p.amax(-1) - p.amin(-1) > .05).float()
 
-def structure_loss(
-    z:Tensor, # (B, N, Q) latents of pictures
-    z_recoloured:Tensor, # (B, N, Q) latents of the same pictures in other colours
+def agreement_loss(
+    z:Tensor, # (B, N, k) some latents of pictures
+    other:Tensor, # (B, N, k) the same latents of what should look alike to them
     images:Tensor, # (B, 3, H, W), which patches are not blank
-    n_structure:int, # the first so many channels must not see the colour
     patch:int, # px
 ) -> Tensor: # () mean squared distance after tanh
-    "The first channels say what is drawn, the others in which colours (our addition, for edits and unseen combinations)."
+    "What these channels must not see: the difference between a picture and its variant (our addition, for edits and unseen combinations)."
     ink = inked(images, patch)
-    d = (torch.tanh(z[..., :n_structure].float()) - torch.tanh(z_recoloured[..., :n_structure].float())).square().mean(-1)
+    d = (torch.tanh(z.float()) - torch.tanh(other.float())).square().mean(-1)
     return (d * ink).sum() / ink.sum().clamp_min(1)
 
-# %% ../../nbs/41_train.tokenizer.ipynb #a09a40a4
+# %% ../../nbs/41_train.tokenizer.ipynb #64ff098c
+def turn_patches(
+    images:Tensor, # (B, 3, H, W)
+    patch:int, # px
+    dice:Dice, # source of randomness; one turn for the whole batch
+) -> Tensor: # (B, 3, H, W) the pixels of each patch turned or mirrored within it
+    "The same colours in each patch, otherwise arranged."
+    turn = 1 + int(dice.chance() * 7)
+    p = patchify(images, patch).unflatten(-1, (3, patch, patch))
+    if turn & 1: p = p.flip(-1)
+    if turn & 2: p = p.flip(-2)
+    if turn & 4: p = p.transpose(-1, -2)
+    return unpatchify(p.flatten(-3), (images.shape[-2] // patch, images.shape[-1] // patch), patch)
+
+# %% ../../nbs/41_train.tokenizer.ipynb #32815d96
+def sketch_loss(
+    sketches:list[Tensor], # (B, N, 3·patch·patch) per stage
+    images:Tensor, # (B, 3, H, W)
+    patch:int, # px
+    coarse:float=3., # see `coarse_square`
+    early:float=.3, # weight of each stage but the last
+) -> Tensor: # () squared error, per inked patch
+    "How far the sketches are from their patches."
+    x, share = patchify(images, patch), inked(images, patch).mean().clamp_min(.05)
+    losses = [coarse_square((s - x).unflatten(-1, (3, patch, patch)), coarse) / share for s in sketches]
+    return losses[-1] + early * sum(losses[:-1])
+
+# %% ../../nbs/41_train.tokenizer.ipynb #3c546f1b
 class TokenizerLosses(L.LightningModule):
     "The tokenizer, its judges, and what they ask of it."
     def __init__(self,
@@ -181,9 +208,10 @@ class TokenizerLosses(L.LightningModule):
         towers:SiglipTowers, # frozen
         reader:CaptionReader, # frozen
         text:TextTokenizer, # words to ids
+        coarse:float=1., # weight of averages in the pixel loss; 0 is the published loss
     ):
         super().__init__()
-        self.tokenizer, self.text, self.towers, self.reader = tokenizer, text, freeze(towers), freeze(reader)
+        self.tokenizer, self.text, self.towers, self.reader, self.coarse = tokenizer, text, freeze(towers), freeze(reader), coarse
         self.pool = nn.Linear(towers.dim, towers.dim) # between un-projected features and the frozen pooling head
         nn.init.eye_(self.pool.weight); nn.init.zeros_(self.pool.bias)
         self.sig_scale, self.sig_bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-5.))
@@ -218,9 +246,9 @@ class TokenizerLosses(L.LightningModule):
         t = torch.sigmoid(dice.rows(torch.randn, n) - .5) * (dice.rows(torch.rand, n) > zero_share)
         t = t.to(images.device)
         x_t = noised(images, x0, t)
-        return pixel_flow_loss(self.tokenizer.decoder(x_t, t, up), x_t, x0, images, t)
+        return pixel_flow_loss(self.tokenizer.decoder(x_t, t, up), x_t, x0, images, t, coarse=self.coarse)
 
-# %% ../../nbs/41_train.tokenizer.ipynb #069cac31
+# %% ../../nbs/41_train.tokenizer.ipynb #f2507b43
 class LitTokenizer(TokenizerLosses):
     "Trains the tokenizer with the four objectives, or its decoder alone on codes that no longer move."
     def __init__(self,
@@ -229,20 +257,40 @@ class LitTokenizer(TokenizerLosses):
         reader:CaptionReader, # frozen
         text:TextTokenizer, # words to ids
         n_steps:int, # length of the run
-        lr:float=1e-3, # peak learning rate
+        lr:float=1.5e-3, # peak learning rate
         stage:str="joint", # "joint": everything, four objectives; "decoder": un-projection and decoder, pixels only
-        semantic_every:int=2, # caption, contrast and features are asked at every so many steps
-        n_structure:int=8, # channels that must not see the colour; 0 switches the structure loss off
+        semantic_every:int=3, # caption, contrast and features are asked at every so many steps; odd, or one of two worlds is never asked
+        n_structure:int=8, # channels that must not see the colour; 0 switches agreement off
+        palette:float=.5, # weight of the palette loss against the structure loss
         flip_rate:float=0., # share of bits flipped before decoding
         recolour:float=.2, # share of steps on recoloured pictures (pixels only)
         zero_share:float=.7, # share of pictures noised completely, where nothing but the codes tells what to paint
+        coarse:float=1., # weight of averages in the pixel loss; 0 is the published loss
         seed:int=0, # of noise and times
     ):
         if stage not in ("joint", "decoder"): raise ValueError(f"stage={stage!r}: choose 'joint' or 'decoder'")
-        super().__init__(tokenizer, towers, reader, text)
+        super().__init__(tokenizer, towers, reader, text, coarse)
         self.n_steps, self.lr, self.stage, self.seed = n_steps, lr, stage, seed
-        self.semantic_every, self.n_structure, self.flip_rate, self.recolour, self.zero_share = semantic_every, n_structure, flip_rate, recolour, zero_share
+        self.semantic_every, self.n_structure, self.palette, self.flip_rate, self.recolour, self.zero_share = semantic_every, n_structure, palette, flip_rate, recolour, zero_share
         if stage == "decoder": freeze(tokenizer.down)
+
+    def projected(self,
+        images:Tensor, # (B, 3, H, W)
+        other:Tensor, # (B, 3, H, W) the same in other colours
+        dice:Dice, # source of randomness
+    ) -> tuple[Tensor, dict[str, Tensor]]: # latents (B, N, Q), and the losses that judge them: sketch, structure, palette
+        "The down-projection, with what is asked of it besides the four objectives."
+        tok, losses, k, patch = self.tokenizer, {}, self.n_structure, self.tokenizer.cfg.patch_size
+        if self.stage == "decoder" or not tok.cfg.stages:
+            return (tok.quantise if self.stage == "decoder" else tok.down)(images, None if tok.cfg.source == "patch" else self.towers.features(images)), losses
+        ink, half = inked(images, patch).sum(1), dice.rows(torch.rand, len(images)) < .5 # half of the pictures is enough for the palette
+        z, sketches = tok.down.staged(images)
+        losses["sketch"] = fair_mean(self, sketch_loss(sketches, images, patch), ink.sum())
+        if not k: return z, losses
+        losses["structure"] = fair_mean(self, agreement_loss(z[..., :k], tok.down.staged(other, k)[0][..., :k], images, patch), ink.sum())
+        turned = tok.down.staged(turn_patches(images[half], patch, dice))[0]
+        losses["palette"] = fair_mean(self, agreement_loss(z[half, :, k:], turned[..., k:], images[half], patch), ink[half].sum())
+        return z, losses
 
     def training_step(self, batch:Pictures, batch_idx:int) -> Tensor:
         "One step of either stage; its randomness comes from the seed and the step."
@@ -250,19 +298,14 @@ class LitTokenizer(TokenizerLosses):
         images, semantic = batch.images, self.stage == "joint" and self.global_step % self.semantic_every == 0
         other = recolour_pixels(images.cpu(), dice).to(images.device)
         if not semantic and dice.chance() < self.recolour: images, other = other, images
-        features = None if tok.cfg.source == "patch" else self.towers.features(images)
-        with torch.autocast(images.device.type, enabled=False): z = tok.down(images, features)
+        z, asked = self.projected(images, other, dice)
         codes = tok.fsq(z)
         if self.flip_rate: codes = codes * flip_bits(torch.ones(len(codes) * dice.world, *codes.shape[1:]), self.flip_rate, dice.generator)[dice.rank::dice.world].to(codes)
-        up = tok.up(codes, tok.grid(images))
+        up = tok.unproject(codes, tok.grid(images))
         losses = dict(pix=self.pixel_loss(images, up, dice, self.zero_share))
         if semantic: losses |= self.semantic_losses(Pictures(images, batch.texts), up)
-        total = total_loss(losses, tok.cfg.weights)
-        if self.n_structure and self.stage == "joint" and tok.cfg.source == "patch":
-            with torch.autocast(images.device.type, enabled=False): z_other = tok.down(other)
-            losses["structure"] = fair_mean(self, structure_loss(z, z_other, images, self.n_structure, tok.cfg.patch_size), inked(images, tok.cfg.patch_size).sum())
-            total = total + tok.cfg.weights.pix * losses["structure"]
-        self.log_dict(losses, prog_bar=True)
+        total = total_loss(losses, tok.cfg.weights) + tok.cfg.weights.pix * sum(v * (self.palette if k == "palette" else 1.) for k, v in asked.items())
+        self.log_dict(losses | asked, prog_bar=True)
         return total
 
     def configure_optimizers(self): return adamw(self, self.lr, self.n_steps)
