@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['warmup_linear', 'adamw', 'reader_ids', 'processes', 'fair_mean', 'fair_sigmoid', 'LitTeacher', 'Dice',
            'recolour_pixels', 'inked', 'agreement_loss', 'turn_patches', 'sketch_loss', 'TokenizerLosses',
-           'LitTokenizer']
+           'ProjectionLosses', 'LitTokenizer']
 
 # %% ../../nbs/41_train.tokenizer.ipynb #3e57d0c4
 import lightning as L, torch, torch.nn.functional as F
@@ -248,8 +248,29 @@ class TokenizerLosses(L.LightningModule):
         x_t = noised(images, x0, t)
         return pixel_flow_loss(self.tokenizer.decoder(x_t, t, up), x_t, x0, images, t, coarse=self.coarse)
 
-# %% ../../nbs/41_train.tokenizer.ipynb #f2507b43
-class LitTokenizer(TokenizerLosses):
+# %% ../../nbs/41_train.tokenizer.ipynb #4534781c
+class ProjectionLosses(TokenizerLosses):
+    "What is asked of a staged projection besides the four objectives."
+    def projected(self,
+        images:Tensor, # (B, 3, H, W)
+        other:Tensor, # (B, 3, H, W) the same in other colours
+        n_structure:int, # channels that must not see the colour; 0 switches agreement off
+        dice:Dice, # source of randomness
+    ) -> tuple[Tensor, dict[str, Tensor]]: # latents (B, N, Q), and the losses that judge them: sketch, structure, palette
+        "Latents with a gradient, and their own losses; a projection in one go has none."
+        tok, k, patch = self.tokenizer, n_structure, self.tokenizer.cfg.patch_size
+        if not tok.cfg.stages: return tok.down(images, None if tok.cfg.source == "patch" else self.towers.features(images)), {}
+        ink, half = inked(images, patch).sum(1), dice.rows(torch.rand, len(images)) < .5 # half of the pictures is enough for the palette
+        z, sketches = tok.down.staged(images)
+        losses = dict(sketch=fair_mean(self, sketch_loss(sketches, images, patch), ink.sum()))
+        if not k: return z, losses
+        losses["structure"] = fair_mean(self, agreement_loss(z[..., :k], tok.down.staged(other, k)[0][..., :k], images, patch), ink.sum())
+        turned = tok.down.staged(turn_patches(images[half], patch, dice))[0]
+        losses["palette"] = fair_mean(self, agreement_loss(z[half, :, k:], turned[..., k:], images[half], patch), ink[half].sum())
+        return z, losses
+
+# %% ../../nbs/41_train.tokenizer.ipynb #0bb7a454
+class LitTokenizer(ProjectionLosses):
     "Trains the tokenizer with the four objectives, or its decoder alone on codes that no longer move."
     def __init__(self,
         tokenizer:VisualTokenizer, # trained
@@ -274,31 +295,14 @@ class LitTokenizer(TokenizerLosses):
         self.semantic_every, self.n_structure, self.palette, self.flip_rate, self.recolour, self.zero_share = semantic_every, n_structure, palette, flip_rate, recolour, zero_share
         if stage == "decoder": freeze(tokenizer.down)
 
-    def projected(self,
-        images:Tensor, # (B, 3, H, W)
-        other:Tensor, # (B, 3, H, W) the same in other colours
-        dice:Dice, # source of randomness
-    ) -> tuple[Tensor, dict[str, Tensor]]: # latents (B, N, Q), and the losses that judge them: sketch, structure, palette
-        "The down-projection, with what is asked of it besides the four objectives."
-        tok, losses, k, patch = self.tokenizer, {}, self.n_structure, self.tokenizer.cfg.patch_size
-        if self.stage == "decoder" or not tok.cfg.stages:
-            return (tok.quantise if self.stage == "decoder" else tok.down)(images, None if tok.cfg.source == "patch" else self.towers.features(images)), losses
-        ink, half = inked(images, patch).sum(1), dice.rows(torch.rand, len(images)) < .5 # half of the pictures is enough for the palette
-        z, sketches = tok.down.staged(images)
-        losses["sketch"] = fair_mean(self, sketch_loss(sketches, images, patch), ink.sum())
-        if not k: return z, losses
-        losses["structure"] = fair_mean(self, agreement_loss(z[..., :k], tok.down.staged(other, k)[0][..., :k], images, patch), ink.sum())
-        turned = tok.down.staged(turn_patches(images[half], patch, dice))[0]
-        losses["palette"] = fair_mean(self, agreement_loss(z[half, :, k:], turned[..., k:], images[half], patch), ink[half].sum())
-        return z, losses
-
     def training_step(self, batch:Pictures, batch_idx:int) -> Tensor:
         "One step of either stage; its randomness comes from the seed and the step."
         tok, dice = self.tokenizer, Dice(self.seed * 1_000_003 + self.global_step, *processes(self))
         images, semantic = batch.images, self.stage == "joint" and self.global_step % self.semantic_every == 0
         other = recolour_pixels(images.cpu(), dice).to(images.device)
         if not semantic and dice.chance() < self.recolour: images, other = other, images
-        z, asked = self.projected(images, other, dice)
+        if self.stage == "joint": z, asked = self.projected(images, other, self.n_structure, dice)
+        else: z, asked = tok.quantise(images, None if tok.cfg.source == "patch" else self.towers.features(images)), {}
         codes = tok.fsq(z)
         if self.flip_rate: codes = codes * flip_bits(torch.ones(len(codes) * dice.world, *codes.shape[1:]), self.flip_rate, dice.generator)[dice.rank::dice.world].to(codes)
         up = tok.unproject(codes, tok.grid(images))
