@@ -68,7 +68,7 @@ def build(
         tokenizer.fsq = quantizer
         return tokenizer
 
-# %% ../../nbs/45_train.study.ipynb #211eaac2
+# %% ../../nbs/45_train.study.ipynb #893aec3b
 class LitVariant(LitTokenizer):
     "The training of a variant: the four objectives at every step, and what its quantizer asks for itself."
     def __init__(self,
@@ -80,9 +80,9 @@ class LitVariant(LitTokenizer):
         super().__init__(tokenizer, *judges, default_tokenizer(), variant.steps, variant.lr, semantic_every=1, n_structure=0, recolour=0., coarse=0., seed=seed)
         self.variant, self.aux = variant, 0.
 
-    def projected(self, images:Tensor, other:Tensor, dice:Dice) -> tuple[Tensor, dict[str, Tensor]]:
+    def projected(self, images:Tensor, other:Tensor, n_structure:int, dice:Dice) -> tuple[Tensor, dict[str, Tensor]]:
         "As always; a quantizer with a loss of its own states it, and moves its codebook."
-        z, asked = super().projected(images, other, dice)
+        z, asked = super().projected(images, other, n_structure, dice)
         self.aux = self.tokenizer.fsq.with_loss(z)[1] if self.variant.quantizer else 0.
         return z, asked
 
