@@ -8,6 +8,7 @@ settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(here/"settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 readme = here/"README.md"
+flux = cfg["flux_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -21,7 +22,7 @@ setup(
     packages=find_packages(include=["arm", "arm.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"flux": flux, "dev": cfg["dev_requirements"].split() + flux},  # the tests paint with tiny random painters
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )
