@@ -12,7 +12,7 @@ from tools.repo import ROOT, modules
 # One process loads the libraries; each module is then imported in a fork of it, where nothing of `arm` is loaded yet.
 FORKS = """
 import importlib, json, os, random, sys, traceback, warnings
-for name in ("torch", "lightning", "transformers", "matplotlib.figure", "scipy.stats", "numpy", "accelerate", "diffusers", "peft"):
+for name in ("torch", "lightning", "transformers", "matplotlib.figure", "scipy.stats", "numpy", "accelerate"):
     try: importlib.import_module(name)
     except ImportError: pass
 import matplotlib, numpy, torch
