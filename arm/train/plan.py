@@ -176,7 +176,7 @@ def describe(
     return dict(strategy=sharding.name, checkpointing=sharding.checkpointing, **bytes_, fits=bytes_["peak"] <= budget, longest_row=longest_row(cfg, counts, row, sharding, budget),
                 tokens_per_second=round(t["tokens_per_second"]), mfu=round(t["mfu"], 3))
 
-# %% ../../nbs/46_train.plan.ipynb #370f4608
+# %% ../../nbs/46_train.plan.ipynb #54b5c7b2
 def best(
     cfg:ARMConfig, # sizes
     counts:dict[str, int], # from `parameter_counts`
@@ -189,6 +189,7 @@ def best(
     rows = [describe(cfg, counts, row, s, gpu, FREE * gpu.memory) for s in spreads(cfg, gpus, tp)]
     return max((r for r in rows if r["fits"]), key=lambda r: r["tokens_per_second"], default=None)
 
+# %% ../../nbs/46_train.plan.ipynb #e8af3fbf
 def stage_days(
     cfg:ARMConfig, # sizes
     counts:dict[str, int], # from `parameter_counts`
