@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -324,7 +325,8 @@ def test_refuses_training_files_with_unknown_or_impossible_fields(name, here):
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["arm", "--steps", "many"], ["arm", "--steps", "-3"], ["arm", "--wings", "2"], ["arm", "--config", "nowhere.yaml"], ["arm", "--out", "in.png"],
-                                  ["arm", "--out", "in.png/runs"], ["all", "--quick", "perhaps"], ["arm", "--out", "empty"], ["decoder", "--out", "empty"], ["tokenizer", "--out", "empty", "--quick"]])
+                                  ["arm", "--out", "in.png/runs"], ["all", "--quick", "perhaps"], ["arm", "--out", "empty"], ["decoder", "--out", "empty"], ["tokenizer", "--out", "empty", "--quick"], ["renderers", "--out", "empty"],
+                                  ["renderers", "--wings", "2"]])
 def test_refuses_training_that_cannot_start(argv, here): refused(here, "train", *argv)
 
 
@@ -353,9 +355,58 @@ def test_training_prints_its_settings_and_explains_them(here):
         assert (code, err) == (0, "") and says in out
 
 
+# ---- studies ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv", [[], ["speed"], [""], ["bits", "more"], ["bits", "--seeds", "0"], ["bits", "--seeds", "many"], ["bits", "--steps", "-1"], ["bits", "--steps", "1.5"], ["bits", "--wings", "2"],
+                                  ["bits", "--out", "in.png"], ["bits", "--out", "in.png/runs"]])
+def test_refuses_studies_that_cannot_start(argv, here): refused(here, "study", *argv)
+
+
+def test_studies_get_what_was_typed_and_the_help_knows_them_all(here, monkeypatch):
+    from arm.app import study as module
+    seen = []
+    monkeypatch.setattr(module, "study", lambda *args: seen.append(args))
+    for argv in (["bits"], ["bits", "--out", "there", "--seeds", "1", "--steps=20"]): assert run("study", *argv) == (0, "", "")
+    assert seen == [("bits", "runs/studies", 3, 0), ("bits", "there", 1, 20)]
+    told = run("study", "--help")[1]
+    assert all(name in told for name in module.STUDIES)
+
+
+def test_a_study_goes_on_and_a_finished_one_is_left_alone(here, monkeypatch):
+    from arm.app import study as module
+    from arm.core import load_json, save_json
+    from arm.train.study import Study, row_folder
+    trained = []
+
+    @dataclass(kw_only=True, frozen=True)
+    class Toy:
+        width: int = 1
+        steps: int = 100
+        def shorter(self, steps): return replace(self, steps=steps)
+
+    def row(config, seed, folder, score):
+        note = row_folder(config, seed, folder)/"row.json"
+        if note.exists(): return load_json(note)["row"]
+        trained.append(config.width)
+        if len(trained) == 2: raise KeyboardInterrupt
+        save_json(note, dict(row={"score": 1.}, points=[]))
+        return {"score": 1.}
+
+    monkeypatch.setattr(module, "STUDIES", {"toy": Study(question="Is it wide?", variants={"base": Toy(), "wide": Toy(width=2)}, row=row)})
+    monkeypatch.setattr(module, "SCORES", {"tokenizer": lambda: None})
+    argv = ("study", "toy", "--out", "runs", "--seeds", "1", "--steps", "5")
+    code, _, err = run(*argv)
+    assert code == 130 and err.endswith("arm: interrupted\n") and not Path("runs/toy/trial-5x1.csv").exists()
+    code, out, _ = run(*argv)
+    assert code == 0 and "2 rows in runs/toy/trial-5x1.csv" in out
+    before = files(here)
+    code, out, _ = run(*argv)
+    assert code == 0 and "is finished and stays as it is" in out and files(here) == before and trained == [1, 2, 2]
+
+
 # ---- help, scores, demo -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo"])
+@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study"])
 def test_help_has_examples(command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
@@ -364,7 +415,7 @@ def test_help_has_examples(command):
 def test_help_lists_all_commands():
     for argv in (["--help"], []):
         code, out, _ = run(*argv)
-        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo"))
+        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study"))
 
 
 def test_help_waits_for_no_library():

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'MODEL', 'STAGES', 'one_line', 'Parser', 'number', 'size', 'writable', 'save_pictures', 'load_model',
-           'read_picture', 'fit_to', 'build_parser', 'with_notes', 'train', 'chosen_stage', 'main']
+           'read_picture', 'fit_to', 'build_parser', 'train', 'main']
 
-# %% ../../nbs/92_app.cli.ipynb #1f0e7083
-import argparse, inspect, logging, os, re, sys, types
+# %% ../../nbs/92_app.cli.ipynb #917d7099
+import argparse, logging, os, re, sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import arm
+from .flags import read_settings
 
 # %% ../../nbs/92_app.cli.ipynb #c24718bf
 def one_line(error: Exception | str, # what went wrong
@@ -155,6 +156,12 @@ def _demo(args):
     for s in report.sections: print(f"{s.title}: {s.score}")
     print(f"report: {page}\ncontact sheet: {sheet}")
 
+# %% ../../nbs/92_app.cli.ipynb #83e0c684
+def _study(args):
+    out = writable(args.out, kind="folder")
+    from arm.app.study import study
+    study(args.name, str(out), args.seeds, args.steps)
+
 # %% ../../nbs/92_app.cli.ipynb #b6096ed2
 def _options(*groups: str) -> Parser:
     "Options that several subcommands share."
@@ -171,7 +178,17 @@ def _options(*groups: str) -> Parser:
 def _scale(p, name, what): p.add_argument(name, type=number(float, 0, 100), default=1., metavar="X", help=f"guidance: weight of {what}; 1: none (default)")
 def _heat(p, default): p.add_argument("--temperature", type=number(float, 0, 100), default=default, metavar="T", help=f"0: the likeliest picture; 1: drawn as often as it is likely (default {default:g})")
 
-# %% ../../nbs/92_app.cli.ipynb #5682d557
+# %% ../../nbs/92_app.cli.ipynb #8f017072
+def _more_commands(command: Callable, # adds a subcommand and returns its parser
+                   ) -> None:
+    "Commands for those who experiment."
+    p = command("study", _study, "run a recorded study again, or what is left of it", ["objectives", "bits --steps 20 --seeds 1 --out runs/try"])
+    p.add_argument("name", help="which one: objectives, weights, bits, quantizers or designs")
+    p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
+    p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
+    p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")
+
+# %% ../../nbs/92_app.cli.ipynb #e4c8208b
 def build_parser() -> Parser: # of the whole command
     "All subcommands and their options."
     top = Parser(prog="arm", description="One model that describes, generates and edits pictures as discrete tokens.", allow_abbrev=False,
@@ -207,53 +224,21 @@ def build_parser() -> Parser: # of the whole command
     p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=("shapes", "openmoji"), help="what to measure on (default: both)")
     p = command("demo", _demo, "reconstruct, answer, generate and edit held-out pictures, and write a report", ["", "--out runs/mine --model runs/tiny/model --seed 1"], "seed", "model")
     p.add_argument("--out", default="runs/demo", metavar="DIR", help="folder for report.html and contact_sheet.png (default runs/demo)")
+    _more_commands(command)
     return top
 
-# %% ../../nbs/92_app.cli.ipynb #33d9fdbf
-STAGES = {"teacher": "train_teacher", "tokenizer": "train_tokenizer", "decoder": "train_tokenizer", "arm": "train_arm", "all": "train_all"}
-
-def with_notes(fn: Callable, # a function with a comment beside each parameter
-               ) -> Callable: # the same function, whose docstring repeats the comments in the form that jsonargparse reads
-    "Comments as documentation of the arguments."
-    try: source = inspect.getsource(fn)
-    except OSError: source = ""  # installed without sources: less help, the same settings
-    notes = re.findall(r"^\s*(?:def \w+\()?(\w+)\s*:[^#\n]*#\s*(.+)$", source, re.M)
-    copy = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    copy.__kwdefaults__, copy.__annotations__ = fn.__kwdefaults__, fn.__annotations__
-    copy.__doc__ = f"{fn.__doc__}\n\nArgs:\n" + "\n".join(f"    {name}: {note}" for name, note in notes if name in inspect.signature(fn).parameters)
-    return copy
+# %% ../../nbs/92_app.cli.ipynb #6550c076
+STAGES = {"teacher": "train_teacher", "tokenizer": "train_tokenizer", "decoder": "train_tokenizer", "arm": "train_arm", "all": "train_all", "renderers": "train_renderers"}
 
 def train(argv: Sequence[str], # the words after "arm train"
           ) -> None:
     "Read the settings of a stage from its function's signature, and run it."
-    from jsonargparse import ArgumentParser
-    from arm.train import run
-    stages = {stage: getattr(run, name) for stage, name in STAGES.items()}
-    top = ArgumentParser(prog="arm train", exit_on_error=False, description="Train a stage, or all of them; an interrupted run goes on from its checkpoint. Example: arm train all --quick")
-    subs, switches = top.add_subcommands(dest="stage", title="stages", metavar="STAGE"), set()
-    for stage, fn in stages.items():
-        p = ArgumentParser(exit_on_error=False, description=fn.__doc__)
-        p.add_argument("--config", action="config", help="YAML file with these settings")
-        p.add_function_arguments(with_notes(fn), skip={"stage"})
-        subs.add_subcommand(stage, p, help=fn.__doc__)
-        switches |= {f"--{k}" for k, v in inspect.signature(fn).parameters.items() if isinstance(v.default, bool)}
-    words = [f"{a}=true" if a in switches and b.lower() not in ("true", "false") else a for a, b in zip(argv, [*argv[1:], ""])]
-    try: chosen = top.parse_args(words)
-    except Exception as e:  # a settings file can hold anything, and not all of it ends in an ArgumentError
-        raise ValueError(f"{e if isinstance(e, argparse.ArgumentError) else f'these settings cannot be read ({e})'}; see: arm train {chosen_stage(argv, stages)}--help") from e
-    values = {k: v for k, v in chosen[chosen.stage].as_dict().items() if k != "config"}
-    for k, v in values.items():
-        if isinstance(v, int) and v < 0: raise ValueError(f"{k} is {v}; it must be 0 or more: correct it on the command line or in the file")
-    if "stage" in inspect.signature(stages[chosen.stage]).parameters: values["stage"] = chosen.stage
+    from arm.train import renderers, run
+    stages = {stage: getattr(renderers if stage == "renderers" else run, name) for stage, name in STAGES.items()}
+    stage, values = read_settings(argv, stages, "arm train", "Train a stage, or all of them; an interrupted run goes on from its checkpoint. Example: arm train all --quick")
     writable(values["out"], kind="folder")
-    stages[chosen.stage](**values)
-    print(f"done: {Path(values['out'])/('model' if chosen.stage == 'all' else chosen.stage)}")
-
-def chosen_stage(argv: Sequence[str], # the words after "arm train"
-                 stages: Sequence[str], # names of stages
-                 ) -> str: # the stage and a blank, or ""
-    "Which stage's help to point to."
-    return next((f"{a} " for a in argv if a in stages), "")
+    stages[stage](**values)
+    print(f"done: {Path(values['out'])/('model' if stage == 'all' else stage)}")
 
 # %% ../../nbs/92_app.cli.ipynb #dcdb697e
 def main(argv: Sequence[str] | None = None, # the words after "arm"; None takes those of the process
