@@ -77,7 +77,7 @@ class ArmBase:
                     for im in self.tokenizer.decode(torch.stack([codes[i][0] for i in at[k:k + batch_size]]).to(self.device), grid, steps)]
         return grouped([grid for _, grid in codes], run)
 
-# %% ../../nbs/34_model.tasks.ipynb #8df4938a
+# %% ../../nbs/34_model.tasks.ipynb #a62fa8d9
 class ArmFolder(ArmBase):
     "A model folder, written and read."
     def to(self,
@@ -101,8 +101,17 @@ class ArmFolder(ArmBase):
         tokenizer = VisualTokenizer(config_from_dict(TokenizerConfig, config["tokenizer"]))
         model = ARM(config_from_dict(ARMConfig, config["arm"]))
         for name, part in (("tokenizer", tokenizer), ("arm", model)):
-            load_weights(part, load_tensors(path / f"{name}.safetensors"), source=path / f"{name}.safetensors")
-        return cls(tokenizer, model, TextTokenizer.from_file(path / "text.json"), config["card"]).to(device)
+            file = cls._file(path, config, f"{name}.safetensors")
+            load_weights(part, load_tensors(file), source=file)
+        return cls(tokenizer, model, TextTokenizer.from_file(cls._file(path, config, "text.json")), config["card"]).to(device)
+
+    @staticmethod
+    def _file(path, config, name):
+        "A file of the folder, or of the neighbour that it shares files with."
+        base = config.get("base")
+        if base is None or (path / name).exists(): return path / name
+        if not isinstance(base, str) or Path(base).name != base or base in ("", ".", ".."): raise ValueError(f"{path / 'config.json'}: base {base!r} is not the name of a folder beside this one; give a plain name such as \"tiny\"")
+        return path.parent / base / name
 
     def save_pretrained(self,
         path:str|Path, # folder, made if missing
