@@ -1,0 +1,132 @@
+"""Real processes: every strategy gives the loss curve of one process, checkpoints move between numbers of processes, and a killed process costs nothing but time."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from arm.core import load_tensors, save_tensors, seeded
+from arm.model.transformer import ARM, ARMConfig
+from arm.tokenizer.model import VisualTokenizer
+from arm.train.cost import Sharding
+from arm.train.data import ShapesPictures, mixed_pictures
+from arm.train.pool import ShapesPool, mixed_tokens
+from arm.train.processes import run_processes
+from arm.train.strategies import SpreadARM, SpreadTokenizer, fit_spread, read_curve, whole_weights
+from test_train import SIZES, TEXT, judges
+from tools.repo import ROOT
+
+STEPS = 4
+ONE, ONE_PIECE, TWO = Sharding(kind="single", wide=4), Sharding(kind="fsdp2", wide=4), partial(Sharding, gpus=2, wide=4)
+RUNS = {  # name: module, how it is spread, further settings
+    "arm": ("arm", ONE, {}),
+    "arm in 2 pieces": ("arm", ONE, dict(accumulate=2)),
+    "arm compiled": ("arm", ONE, dict(backend="aot_eager")),
+    "arm ddp in 2 pieces": ("arm", TWO(kind="ddp"), dict(accumulate=2)),
+    "arm fsdp2 checkpointing": ("arm", TWO(kind="fsdp2", checkpointing=True), {}),
+    "arm tp checkpointing in 2 pieces": ("arm", TWO(kind="tp", tp=2, checkpointing=True), dict(accumulate=2)),
+    "arm fsdp2 bf16": ("arm", Sharding(kind="fsdp2", gpus=2), {}),
+    "tokenizer": ("tokenizer", ONE, {}),
+    "tokenizer ddp": ("tokenizer", TWO(kind="ddp"), {}),
+    "tokenizer fsdp2": ("tokenizer", TWO(kind="fsdp2"), {}),
+}
+MOVES = [  # a run that is killed in step 4, and how it goes on: name, module, before, after
+    ("killed, then as before", "arm", TWO(kind="fsdp2"), TWO(kind="fsdp2")),
+    ("from 2 to 1", "arm", TWO(kind="fsdp2"), ONE_PIECE),
+    ("from shared matrices to 1", "arm", TWO(kind="tp", tp=2), ONE_PIECE),
+    ("tokenizer from 2 to 1", "tokenizer", TWO(kind="fsdp2"), ONE_PIECE),
+]
+EXACT = [n for n in RUNS if n not in ("arm", "tokenizer") and "bf16" not in n]
+
+
+def stage(kind: str, parts: int = 4):
+    "A small module, and its batches in parts of like length."
+    with seeded(0, kind):
+        if kind == "arm":
+            model = ARM(replace(ARMConfig.tiny(), dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=64, text_size=TEXT.vocab_size))
+            pool = ShapesPool(VisualTokenizer(SIZES).eval(), TEXT, 12, seed=0, n_captions=1, progress=False)
+            return SpreadARM(model, STEPS, optimizer="adamw"), mixed_tokens([pool], model.vocab, 16, seed=0, parts=parts)
+        return SpreadTokenizer(VisualTokenizer(SIZES), *judges(), TEXT, STEPS, recolour=.5, semantic_every=2), mixed_pictures([ShapesPictures()], 8, seed=0)
+
+
+def train(kind: str, out: Path, sharding: Sharding, settings: dict, kill_at: int | None = None):
+    "What each process runs; the first one writes the weights."
+    module, draw = stage(kind, parts=1 if settings.get("backend") else 4)  # each length is compiled anew
+    def until(step, rank, world):
+        if step == kill_at and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+        return draw(step, rank, world)
+    fit_spread(module, until, STEPS, out, sharding, every=2, **settings)
+    weights = whole_weights(module) if sharding.sharded else module.state_dict()
+    if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", weights)
+
+
+def spread(kind, out, sharding, settings, kill_at=None):
+    if sharding.kind == "single": train(kind, out, sharding, settings)
+    else: run_processes(train, sharding.gpus, out, kind, out, sharding, settings, kill_at, method="fork")
+
+
+def everything(out: Path):
+    "All runs of this file in one process and its forks, so that the libraries are loaded once."
+    torch.set_num_threads(1)
+    said = {}
+    for name, (kind, sharding, settings) in RUNS.items():
+        try: spread(kind, out/name, sharding, settings)
+        except Exception as e: said[name] = f"{type(e).__name__}: {e}"
+    for name, kind, before, after in MOVES:
+        try: spread(kind, out/name, before, {}, kill_at=3)
+        except ChildProcessError as e: said[name] = str(e)
+        spread(kind, out/name, after, {})
+    (out/"said.json").write_text(json.dumps(said))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests")])}
+    done = subprocess.run([sys.executable, __file__, str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, json.loads((out/"said.json").read_text())
+
+
+def check(out, name, kind, said):
+    assert (out/name/"weights.safetensors").exists(), said.get(name)
+    curve, base = read_curve(out/name), read_curve(out/kind)
+    assert len(curve) == len(base) == STEPS
+    apart = max(abs(a - b) for a, b in zip(curve, base))
+    assert apart <= 1e-5 * max(1., max(base)), f"{name}: the curve differs by {apart}"
+    one, other = (load_tensors(out/n/"weights.safetensors") for n in (kind, name))
+    assert one.keys() == other.keys() and all(one[k].shape == other[k].shape for k in one)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_strategy_gives_the_curve_of_one_process(name, results):
+    out, said = results
+    check(out, name, RUNS[name][0], said)
+
+
+def test_half_precision_stays_near(results):
+    out, said = results
+    assert "arm fsdp2 bf16" not in said, said
+    assert max(abs(a - b) for a, b in zip(read_curve(out/"arm fsdp2 bf16"), read_curve(out/"arm"))) < .1
+
+
+@pytest.mark.parametrize("move", MOVES, ids=[m[0] for m in MOVES])
+def test_a_killed_run_goes_on_with_the_same_curve(move, results):
+    (out, said), (name, kind, *_) = results, move
+    assert "process 1 of 2 was killed by SIGKILL" in said[name] and "goes on from step 2" in said[name] and "\n" not in said[name]
+    check(out, name, kind, said)
+
+
+def test_the_runs_trained_something(results):
+    out, _ = results
+    for kind in ("arm", "tokenizer"):
+        start = stage(kind)[0].state_dict()
+        assert max(float((w - start[k]).abs().max()) for k, w in load_tensors(out/kind/"weights.safetensors").items()) > 1e-4
+
+
+if __name__ == "__main__": everything(Path(sys.argv[1]))
