@@ -76,7 +76,7 @@ def answer_all(
     now = read_answers(out)
     return Asked(len(todo) - len(failed), len(mine) - len(todo), failed, sum(i.id not in now for i in items))
 
-# %% ../../nbs/57f_eval.ask.ipynb #12a3bb56
+# %% ../../nbs/57f_eval.ask.ipynb #f43fb073
 @dataclass(frozen=True)
 class Exam:
     "A question benchmark: how its questions are read, put, and answered on paper."
@@ -103,11 +103,13 @@ def sit(
     *,
     form: str | None = None, # of the prompt; None takes the benchmark's habit
     fill: str | None = None, # answer to questions that the model refuses; None: no official file while there are any
-    **options,         # of `answer_all`
+    facts: dict | None = None, # recorded beside the form, such as the model
+    batch: int = 64,   # questions at a time
+    say: Callable[[str], None] = lambda text: None, # told how far it is
 ) -> Path: # the official file or folder
     "Read questions, answer them, write the official file."
     form = exam.form if form is None else form
     if "{question}" not in form: raise ValueError(f"form {form!r} has no {{question}}; a model must be told what is asked")
     items = exam.items(Path(data), Path(images), form)
-    answer_all(items, ask, out, facts={"form": form, **options.pop("facts", {})}, **options)
+    answer_all(items, ask, out, facts={"form": form, **(facts or {})}, batch=batch, say=say)
     return exam.write(items, in_order(items, read_answers(out), fill), Path(out) / "official")
