@@ -178,10 +178,15 @@ def grow(
         tables.append(n)
     return set(tables)
 
-# %% ../../nbs/35_model.hub.ipynb #a13af477
+# %% ../../nbs/35_model.hub.ipynb #921cceec
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
-def check_tensor(name: str, x: Tensor, place: Place | None, source: str | Path) -> None:
+def check_tensor(
+    name: str,           # of the tensor in the file
+    x: Tensor,           # what the file holds
+    place: Place | None, # where it belongs; None: nowhere
+    source: str | Path,  # named in the refusal
+) -> None:
     "Refuse a tensor that has no place, another shape, or quantised numbers."
     if place is None: raise ValueError(f"{source} holds {name}, which has no place in the model; it is of another architecture than its config.json says.")
     if tuple(x.shape) != place.shape: raise ValueError(f"{source}: {name} has shape {tuple(x.shape)}, its config.json asks for {place.shape}; take weights and config from one folder.")
@@ -217,14 +222,18 @@ def empty_model(
     with torch.device("meta"): model = ARM(cfg)
     return model.to(dtype).to_empty(device=device).eval()
 
-# %% ../../nbs/35_model.hub.ipynb #a465e86c
+# %% ../../nbs/35_model.hub.ipynb #3d707384
 def get_rest(model: ARM) -> dict[str, Tensor]: # by our names; of text tables only the new rows
     "All parameters that a text model does not have."
     theirs, n = {p.name for p in hub_names(model.cfg).values()}, model.cfg.text_size
     return {k: p[n:] if k in theirs else p for k, p in model.state_dict().items() if k not in theirs or k in ("embed.text.weight", "text_head.weight")}
 
 @torch.no_grad()
-def set_rest(model: ARM, tensors: dict[str, Tensor], source: str | Path = "the file") -> ARM: # the model itself
+def set_rest(
+    model: ARM,                         # changed in place
+    tensors: dict[str, Tensor],         # from `get_rest`, same names and shapes
+    source: str | Path = "the file",    # named in the refusal
+) -> ARM:                               # the model itself
     "The inverse of `get_rest`, in place."
     own = get_rest(model) # views of the parameters
     if own.keys() != tensors.keys() or any(own[k].shape != x.shape for k, x in tensors.items()):
