@@ -6,8 +6,8 @@
 __all__ = ['PROMPTS', 'LAYOUT', 'SCORERS', 'KNOWN', 'Ask', 'read_prompts', 'read_questions', 'tiles', 'tile_score', 'yes_or_no',
            'judge', 'read_detail', 'score', 'score_results']
 
-# %% ../../nbs/57c_eval.dpg.ipynb #9c028b8e
-import csv, re
+# %% ../../nbs/57c_eval.dpg.ipynb #9c21e723
+import csv, io, re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from PIL import Image
 
 from ..core import atomic_write
 from ..data.pictures import open_picture
-from .bench import BENCH, Result, existing, interval, self_test, spread
+from .bench import BENCH, Result, interval, read_text, spread
 from .draw import Item, Layout
 
-# %% ../../nbs/57c_eval.dpg.ipynb #54780977
+# %% ../../nbs/57c_eval.dpg.ipynb #06003c81
 PROMPTS = 1065 # files of the official folder
 
 @dataclass(frozen=True)
@@ -40,19 +40,18 @@ def read_prompts(
     files = sorted(Path(path).glob("*.txt"))
     if not files: raise ValueError(f"{path}: no files <id>.txt; give the folder dpg_bench/prompts of the ELLA repository")
     if bad := [f.name for f in files if "." in f.stem]: raise ValueError(f"{path}: {bad[0]!r} has a dot in its id; the official scorer takes the name before the first dot: rename it")
-    return [Item(f.stem, f.read_text(encoding="utf-8").strip(), re.sub(r"\d+$", "", f.stem) or "numbered") for f in files]
+    return [Item(f.stem, read_text(f, "a prompt").strip(), re.sub(r"\d+$", "", f.stem) or "numbered") for f in files]
 
 def read_questions(
     path: str | Path, # dpg_bench.csv
 ) -> dict[str, list[Ask]]: # item id -> its questions, in the file's order
     "The questions of DPG-Bench."
     out = defaultdict(list)
-    with open(existing(path, "DPG-Bench's dpg_bench.csv"), newline="", encoding="utf-8") as f:
-        for n, row in enumerate(csv.DictReader(f)):
-            try: ask = Ask(int(row["proposition_id"]), tuple(int(p) for p in row["dependency"].split(",")), row["tuple"].split("(")[0].strip(), row["question_natural_language"], n == 0)
-            except (KeyError, TypeError, ValueError, AttributeError) as e:
-                raise ValueError(f"{path}, row {n + 1}: {type(e).__name__} {e}; it needs item_id, proposition_id, dependency (such as 0 or 1,2), tuple and question_natural_language") from None
-            out[row["item_id"]].append(ask)
+    for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path, "DPG-Bench's dpg_bench.csv")))):
+        try: ask = Ask(int(row["proposition_id"]), tuple(int(p) for p in row["dependency"].split(",")), row["tuple"].split("(")[0].strip(), row["question_natural_language"], n == 0)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f"{path}, row {n + 1}: {type(e).__name__} {e}; it needs item_id, proposition_id, dependency (such as 0 or 1,2), tuple and question_natural_language") from None
+        out[row["item_id"]].append(ask)
     return dict(out)
 
 # %% ../../nbs/57c_eval.dpg.ipynb #74010736
@@ -85,7 +84,7 @@ def tile_score(
             if p and s[p] == 0: s[a.id] = 0.; break
     return sum(s.values()) / len(s)
 
-# %% ../../nbs/57c_eval.dpg.ipynb #ab981118
+# %% ../../nbs/57c_eval.dpg.ipynb #22f7172c
 def yes_or_no(
     reply: str, # of a judge that was told to answer yes or no
 ) -> str: # "yes", "no", or "unreadable", which counts as no and is reported
@@ -93,6 +92,7 @@ def yes_or_no(
     word = re.match(r"\W*(\w+)", reply.lower())
     return word[1] if word and word[1] in ("yes", "no") else "unreadable"
 
+# %% ../../nbs/57c_eval.dpg.ipynb #3ff666d6
 def judge(
     images: str | Path,  # the official folder
     questions: dict[str, list[Ask]], # from `read_questions`
@@ -120,13 +120,13 @@ def _line(line: str) -> tuple[str, str, str, str]: # picture, tile, question, an
     if not m: raise ValueError(f"{line[:80]!r} is no line of DPG-Bench's detail file; it must be: picture, (x0, y0, x1, y1), question, answer")
     return m.groups()
 
-# %% ../../nbs/57c_eval.dpg.ipynb #7993301f
+# %% ../../nbs/57c_eval.dpg.ipynb #78ca8440
 def read_detail(
     path: str | Path, # ..._detail.txt
 ) -> dict[str, list[tuple[list[str], list[str]]]]: # item id -> its tiles: questions, answers
     "Answers by picture and tile."
     out = defaultdict(dict)
-    for line in existing(path, "DPG-Bench's detail file").read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, "DPG-Bench's detail file").splitlines():
         picture, box, question, answer = _line(line)
         texts, answers = out[re.split(r"[/\\]", picture)[-1].split(".")[0]].setdefault((picture, box), ([], []))
         texts.append(question); answers.append(answer)
@@ -162,7 +162,7 @@ def _values(scores: dict, groups: dict) -> tuple[dict, dict]:
     parts = {"dpg": spread([100 * s for s in scores.values()])} | {k: spread([100 * x for x in v], whose[k]) for k, v in flat.items()}
     return values, {k: interval({"": p}, top=100.) for k, p in parts.items()}
 
-# %% ../../nbs/57c_eval.dpg.ipynb #cb121d52
+# %% ../../nbs/57c_eval.dpg.ipynb #aef6900a
 def score(
     paths: list[Path], # dpg_bench.csv and ..._detail.txt; or the results text of the official script alone
 ) -> Result: # headline "dpg"
@@ -190,7 +190,7 @@ def score_results(
     path: Path, # the text that the official script writes: picture, tile scores, mean; then its totals
 ) -> Result: # headline "dpg"; categories as far as the text has them
     "DPG-Bench's score from the official results text."
-    text = existing(path, "the official results text").read_text(encoding="utf-8")
+    text = read_text(path, "the official results text")
     rows = re.findall(r"^(.*?)((?:, [\d.e-]+)+)$", text, re.M)
     if not rows: raise ValueError(f"{path}: no lines `picture, scores, mean`; give the results text of compute_dpg_bench.py")
     means = [float(numbers.split(", ")[-1]) for _, numbers in rows]
@@ -200,5 +200,6 @@ def score_results(
     return Result(name="dpg", protocol="DPG-Bench, from the official results text", values={"dpg": value} | levels, lines=(f"DPG-Bench score: {value}",), complete=len(means) in (PROMPTS, PROMPTS - 1),
                   intervals={"dpg": interval({"": spread([100 * m for m in means])}, top=100.)}, faults=(f"{len(means)} of {PROMPTS} prompts in the mean; categories as printed, from one tile of four; its faults cannot be mended without the answers",))
 
+# %% ../../nbs/57c_eval.dpg.ipynb #e5b94d7e
 SCORERS = {"dpg": score}
 KNOWN = ([BENCH / "dpg" / "dpg_bench.csv", BENCH / "dpg" / "results_detail.txt"], {"dpg": 59.375, "L1/entity": 100., "L1/relation": 0.}) # worked out on the page

@@ -172,25 +172,25 @@ def sheet_of(
     have = have[::max(1, math.ceil(len(have) / most))]
     return contact_sheet([f for f, _ in have], [f"{i.id}: {i.prompt}" for _, i in have])
 
-# %% ../../nbs/57a_eval.draw.ipynb #497b1df5
+# %% ../../nbs/57a_eval.draw.ipynb #dbc2d207
 def imagine_with(
     arm,                  # an `Arm`
     size: tuple[int, int], # height and width of the pictures in px
-    **options,            # of `Arm.imagine_codes`: temperature, cfg_scale, ...
+    options: dict | None = None, # of `Arm.imagine_codes`: temperature, cfg_scale, ...
 ) -> Callable[[list[Item], list[int]], list[Image.Image]]: # a maker
     "A maker that draws prompts."
     grid = (size[0] // arm.patch, size[1] // arm.patch)
     if grid[0] * arm.patch != size[0] or grid[1] * arm.patch != size[1] or min(grid) < 1: raise ValueError(f"size {size}: both sides must be multiples of the patch of {arm.patch} px")
     def make(items, seeds):
-        return [to_pil(x) for x in arm.decode(arm.imagine_codes([i.prompt for i in items], [grid] * len(items), seed=seeds, **options))]
+        return [to_pil(x) for x in arm.decode(arm.imagine_codes([i.prompt for i in items], [grid] * len(items), seed=seeds, **(options or {})))]
     return make
 
 def edit_with(
     arm,       # an `Arm`
-    **options, # of `Arm.edit_codes`: temperature, text_scale, image_scale, ...
+    options: dict | None = None, # of `Arm.edit_codes`: temperature, text_scale, image_scale, ...
 ) -> Callable[[list[Item], list[int]], list[Image.Image]]: # a maker
     "A maker that edits sources."
     def make(items, seeds):
         sources = [fit_picture(open_picture(i.source), arm.card["grids"], arm.patch)[0] for i in items]
-        return [to_pil(x) for x in arm.decode(arm.edit_codes(arm.encode(sources), [i.prompt for i in items], seed=seeds, **options))]
+        return [to_pil(x) for x in arm.decode(arm.edit_codes(arm.encode(sources), [i.prompt for i in items], seed=seeds, **(options or {})))]
     return make

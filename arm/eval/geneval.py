@@ -6,7 +6,7 @@
 __all__ = ['TAGS', 'COLORS', 'PROMPTS', 'LAYOUT', 'Object', 'Detector', 'Colour', 'SCORERS', 'KNOWN', 'read_prompts', 'keep',
            'relations', 'verdict', 'judge', 'recheck', 'score']
 
-# %% ../../nbs/57b_eval.geneval.ipynb #9e7dc216
+# %% ../../nbs/57b_eval.geneval.ipynb #acc5e5ac
 import json, re
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.pictures import open_picture
-from .bench import BENCH, Result, existing, interval, read_jsonl, self_test, spread, write_jsonl
+from .bench import BENCH, Result, existing, interval, read_jsonl, spread, write_jsonl
 from .draw import Item, Layout
 
 # %% ../../nbs/57b_eval.geneval.ipynb #0dab2227
@@ -128,7 +128,7 @@ def judge(
     finally: write_jsonl(out, list(rows.values()))
     return out
 
-# %% ../../nbs/57b_eval.geneval.ipynb #1e2195ea
+# %% ../../nbs/57b_eval.geneval.ipynb #6166ed57
 def recheck(
     rows: list[dict], # of results.jsonl
 ) -> tuple[int, int]: # verdicts that could be worked out again, and those that come out otherwise
@@ -147,6 +147,7 @@ def _total(rows: list[dict], alike: bool) -> dict[str, float]:
     for r in rows: by[r["tag"]][r["metadata"] if alike else ""].append(bool(r["correct"]))
     return {t: sum(sum(p) / len(p) for p in prompts.values()) / len(prompts) for t, prompts in by.items()}
 
+# %% ../../nbs/57b_eval.geneval.ipynb #19a4af82
 def score(
     paths: list[Path], # one results.jsonl, as the official evaluator writes it
 ) -> Result: # headline "overall"
@@ -167,6 +168,7 @@ def score(
     return Result(name="geneval", protocol="GenEval, official summary; detector and prompt form as in the run's records", values=values, lines=tuple(lines), intervals=ranges,
                   corrected={k: v for k, v in fixed.items() if v != values[k]}, faults=tuple(faults), complete=len(prompts) == PROMPTS and set(tags) == set(TAGS))
 
+# %% ../../nbs/57b_eval.geneval.ipynb #244838e3
 def _repair(rows: list[dict], tags: dict, prompts: dict) -> tuple[dict[str, float], list[str]]:
     "Values with each picture once and each prompt alike, and what is odd about the file."
     once = list({r.get("filename", i): r for i, r in enumerate(rows)}.values())
@@ -180,5 +182,6 @@ def _repair(rows: list[dict], tags: dict, prompts: dict) -> tuple[dict[str, floa
     faults.append(f"{n} verdicts without colours were worked out again from the stored boxes: {differ} come out otherwise")
     return {"overall": sum(alike.values()) / len(alike)} | {f"overall/{t}": v for t, v in alike.items()}, faults
 
+# %% ../../nbs/57b_eval.geneval.ipynb #77cb148d
 SCORERS = {"geneval": score}
 KNOWN = ([BENCH / "geneval" / "results.jsonl"], {"overall": 3.5 / 6, "images": 7 / 12, "prompts": 5 / 6}) # worked out on the page

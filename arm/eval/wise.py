@@ -6,20 +6,19 @@
 __all__ = ['CATEGORIES', 'LAST', 'WEIGHTS', 'RATINGS', 'LAYOUT', 'SCORERS', 'KNOWN', 'category', 'read_prompts', 'read_reply',
            'official_messages', 'asker', 'judge', 'protocol_of', 'score']
 
-# %% ../../nbs/57d_eval.wise.ipynb #4067ae8e
+# %% ../../nbs/57d_eval.wise.ipynb #ec2ff9fb
 import ast, json, re
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from ..core import atomic_write
 from ..data.pictures import open_picture
-from .bench import BENCH, Result, existing, interval, read_jsonl, self_test, spread, write_jsonl
+from .bench import BENCH, Result, existing, interval, read_jsonl, read_text, spread, write_jsonl
 from .draw import Item, Layout
 
-# %% ../../nbs/57d_eval.wise.ipynb #f6051d66
+# %% ../../nbs/57d_eval.wise.ipynb #fe726f2d
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 LAST = {"legacy": (400, 567, 700, 800, 900, 1000), "verified": (400, 520, 640, 760, 880, 1000)} # last id of each category
 WEIGHTS = {"legacy": (.4, .167, .133, .1, .1, .1), "verified": (.4, .12, .12, .12, .12, .12)}   # of each category in the total
@@ -40,7 +39,7 @@ def read_prompts(
     "The prompts of WISE."
     items = []
     for path in paths:
-        try: rows = json.loads(existing(path, "a prompt file of WISE").read_text(encoding="utf-8"))
+        try: rows = json.loads(read_text(path, "a prompt file of WISE"))
         except ValueError as e: raise ValueError(f"{path}: {e}") from None
         for row in rows if isinstance(rows, list) else [None]:
             if not isinstance(row, dict) or not isinstance(row.get("prompt_id"), int) or not row.get("Prompt"): raise ValueError(f"{path}: {str(row)[:60]}; WISE's files are a list of objects with prompt_id, Prompt and Explanation")
@@ -64,7 +63,7 @@ def read_reply(
     if not found and len(lines) >= 3: found = dict(zip(RATINGS["legacy"], map(float, lines)))
     return found if set(found) == set(RATINGS["legacy"]) else None
 
-# %% ../../nbs/57d_eval.wise.ipynb #d9fa8cb1
+# %% ../../nbs/57d_eval.wise.ipynb #f9345fd2
 def official_messages(
     script: str | Path, # gpt_eval.py or vllm_eval.py of the user's checkout
     meta: dict,         # the official fields of an item
@@ -91,9 +90,9 @@ def asker(
     script: str | Path,                # as in `official_messages`
 ) -> Callable[[Path, Item], str]: # picture file and item -> reply
     "A judge that asks the official question."
-    from base64 import b64encode
     return lambda file, item: chat(official_messages(script, item.meta, b64encode(file.read_bytes()).decode()))
 
+# %% ../../nbs/57d_eval.wise.ipynb #dc9d6368
 def judge(
     images: str | Path,     # the official folder
     items: Sequence[Item],  # from `read_prompts`
@@ -121,7 +120,7 @@ def judge(
         atomic_write(raw, json.dumps([full[k] for k in sorted(full)], indent=2, ensure_ascii=False))
     return out
 
-# %% ../../nbs/57d_eval.wise.ipynb #2273d2bb
+# %% ../../nbs/57d_eval.wise.ipynb #2ae63439
 def _rated(row: dict, protocol: str) -> float | None:
     "The score of a line, None when the official scorer skips it."
     v = [row.get(n) for n in RATINGS[protocol]]
@@ -150,6 +149,7 @@ def protocol_of(
     if len(kinds) != 1: raise ValueError(f"ratings of {sorted(kinds) or 'no protocol'}; legacy lines have consistency, realism and aesthetic_quality, verified ones score, and the two must not mix")
     return kinds.pop()
 
+# %% ../../nbs/57d_eval.wise.ipynb #f61196d3
 def score(
     paths: list[Path], # the ..._scores_results.jsonl of one protocol, in any number
 ) -> Result: # headline "wiscore" when all 1,000 ids are there
@@ -173,5 +173,6 @@ def score(
     return Result(name="wise", protocol=f"WISE {protocol}; judge and prompt form as in the run's records", values=values, lines=tuple(lines), intervals=ranges, complete=not absent and not unread,
                   corrected={k: v for k, v in fixed.items() if v != values.get(k)}, faults=tuple(f"{n} {text}" for n, text in told if n))
 
+# %% ../../nbs/57d_eval.wise.ipynb #8e3b0d94
 SCORERS = {"wise": score}
 KNOWN = ([BENCH / "wise" / "legacy_scores_results.jsonl"], {"wiscore/culture": .95, "wiscore/time": .5, "wiscore/space": .3, "wiscore/biology": .8, "wiscore/physics": .6, "wiscore/chemistry": 1.}) # worked out on the page
