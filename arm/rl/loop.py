@@ -134,7 +134,7 @@ class GRPOParts(L.LightningModule):
             out += [rows[a:a + self.part_rows] for a in range(0, len(rows), self.part_rows)]
         return out
 
-# %% ../../nbs/63_rl.loop.ipynb #8ff7014d
+# %% ../../nbs/63_rl.loop.ipynb #c2c92d68
 class GRPOUpdate(GRPOParts):
     "The loss of one update, over all processes."
     def whole(self,
@@ -161,6 +161,15 @@ class GRPOUpdate(GRPOParts):
             logs.append(found | dict(entropy=-new.detach()[mask].mean()))
         return loss, self.summary(logs, sum(map(len, parts)) / len(held.codes))
 
+    @torch.no_grad()
+    def before(self, held:Rollout) -> Tensor: # (B, N), NaN where nothing is needed
+        "Log-probabilities before the first update, part by part as the updates will compute them."
+        old = torch.full((len(held.codes), max(map(len, held.codes))), torch.nan)
+        for rows in self.parts(held):
+            logps = self.logps(self.model, held, rows)[0].cpu()
+            old[torch.tensor(rows)[:, None], torch.arange(logps.shape[1])] = logps
+        return old
+
     def summary(self,
         logs:list[dict[str, Tensor]], # one per part
         live:float, # share of samples that teach something
@@ -173,7 +182,7 @@ class GRPOUpdate(GRPOParts):
         out |= dict(ratio_min=min(x["ratio_min"] for x in logs), ratio_max=max(x["ratio_max"] for x in logs))
         return out | dict(policy_loss=sum(x["policy_loss"] for x in logs), live_samples=torch.tensor(live))
 
-# %% ../../nbs/63_rl.loop.ipynb #e9dc1051
+# %% ../../nbs/63_rl.loop.ipynb #77c78318
 class LitGRPO(GRPOUpdate):
     "Draws, marks and learns (GRPO on visual tokens: ARM sec. 5, as reported)."
     def __init__(self,
@@ -210,15 +219,6 @@ class LitGRPO(GRPOUpdate):
             self.log_dict({f"{task}_{k}": v for k, v in means.items()}, prog_bar=False)
         self.log("reward", part_means(held.rewards)["total"], prog_bar=True)
         return held
-
-    @torch.no_grad()
-    def before(self, held:Rollout) -> Tensor: # (B, N), NaN where nothing is needed
-        "Log-probabilities before the first update, part by part as the updates will compute them."
-        old = torch.full((len(held.codes), max(map(len, held.codes))), torch.nan)
-        for rows in self.parts(held):
-            logps = self.logps(self.model, held, rows)[0].cpu()
-            old[torch.tensor(rows)[:, None], torch.arange(logps.shape[1])] = logps
-        return old
 
     def training_step(self, items:list[Item], batch_idx:int) -> Tensor:
         "One update."
