@@ -156,11 +156,19 @@ def _demo(args):
     for s in report.sections: print(f"{s.title}: {s.score}")
     print(f"report: {page}\ncontact sheet: {sheet}")
 
-# %% ../../nbs/92_app.cli.ipynb #83e0c684
+# %% ../../nbs/92_app.cli.ipynb #717c51e0
 def _study(args):
     out = writable(args.out, kind="folder")
     from arm.app.study import study
     study(args.name, str(out), args.seeds, args.steps)
+
+def _plan(args):
+    from arm.train.plan import plan
+    plan(args.preset, args.gpus, args.gpu, args.tokens, args.tp, args.json)
+
+def _score(args):
+    from arm.app.score import score
+    print(score(args.name, *args.paths, json=args.json))
 
 # %% ../../nbs/92_app.cli.ipynb #b6096ed2
 def _options(*groups: str) -> Parser:
@@ -178,7 +186,7 @@ def _options(*groups: str) -> Parser:
 def _scale(p, name, what): p.add_argument(name, type=number(float, 0, 100), default=1., metavar="X", help=f"guidance: weight of {what}; 1: none (default)")
 def _heat(p, default): p.add_argument("--temperature", type=number(float, 0, 100), default=default, metavar="T", help=f"0: the likeliest picture; 1: drawn as often as it is likely (default {default:g})")
 
-# %% ../../nbs/92_app.cli.ipynb #8f017072
+# %% ../../nbs/92_app.cli.ipynb #0bb434da
 def _more_commands(command: Callable, # adds a subcommand and returns its parser
                    ) -> None:
     "Commands for those who experiment."
@@ -187,6 +195,17 @@ def _more_commands(command: Callable, # adds a subcommand and returns its parser
     p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
     p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
     p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")
+    p = command("plan", _plan, "what a run of this size needs: memory per GPU, speed, days per stage", ["", "--gpus 64 --gpu a100", "--preset tiny --gpus 1 --tp 1 --json"])
+    p.add_argument("--preset", default="paper", help="paper (default) or tiny")
+    p.add_argument("--gpus", type=number(int, 1, 2**20), default=200, metavar="N", help="number of cards (default 200)")
+    p.add_argument("--gpu", default="h100", help="h100 (default), h200 or a100")
+    p.add_argument("--tokens", type=number(int, 1, 2**20), default=16_384, metavar="N", help="length of a packed row in the memory table (default 16384)")
+    p.add_argument("--tp", type=number(int, 1, 2**20), default=4, metavar="N", help="size of a tensor-parallel group (default 4)")
+    p.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
+    p = command("score", _score, "official numbers of a benchmark, from the files that its official scorer takes", ["geneval results.jsonl", "pope answers.jsonl labels.json --json"])
+    p.add_argument("name", help="of the benchmark, such as geneval, dpg, wise, gedit, pope, mme, mmbench, mmmu, seed, vqav2 or gqa")
+    p.add_argument("paths", nargs="+", metavar="PATH", help="files or folders, in the order that the official scorer takes")
+    p.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
 
 # %% ../../nbs/92_app.cli.ipynb #e4c8208b
 def build_parser() -> Parser: # of the whole command
