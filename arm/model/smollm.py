@@ -99,9 +99,14 @@ def rehearsal(
     texts = generate_text(model, [[model.vocab.bos]] * n, max_new=length, sampling=Sampling(temperature=1., top_p=.95), seeds=seed)
     return [text_sample(model.vocab, t) for t in texts if t]
 
-# %% ../../nbs/35c_model.smollm.ipynb #17156c95
+# %% ../../nbs/35c_model.smollm.ipynb #531341d1
 @torch.no_grad()
-def measure(model: ARM, text: TextTokenizer, drawn: list[Sample], told: list[Sample]) -> dict[str, float]:
+def measure(
+    model: ARM,           # in any mode; left in evaluation mode
+    text: TextTokenizer,  # words and ids
+    drawn: list[Sample],  # held-out documents that end with a picture
+    told: list[Sample],   # held-out documents that end with words
+) -> dict[str, float]:    # text_to_image, image_to_text, prose, facts
     "Nats per code of held-out pictures, per id of their captions, and the two numbers of the language."
     model.eval()
     loss = lambda samples, kind: model.loss(pad_batch(model.vocab, samples))[1][kind].item()
@@ -133,7 +138,7 @@ def adapt(
     for p in model.parameters(): p.requires_grad_(True)
     return model.eval()
 
-# %% ../../nbs/35c_model.smollm.ipynb #b60539ea
+# %% ../../nbs/35c_model.smollm.ipynb #dc03f299
 RECORD = DATA / "ablations" / "smollm.csv" # measured by the command
 VARIANTS = {"all, with rehearsal": dict(text=True), "all, without rehearsal": dict(text=False), "only new parts": dict(text=True, lr_old=0.)}
 
@@ -162,8 +167,8 @@ def run_variant(
     return rows
 
 def main(
-    n_steps: int = 150, # of each variant: about five minutes on two cores
-    every: int = 25, # steps between measurements
+    n_steps: int = 40, # of each variant: a minute or two on one core
+    every: int = 10, # steps between measurements
     names: list[str] | None = None, # variants; None: all
     record: str | Path = RECORD, # table to write; rows of other variants stay
 ) -> list[dict]: # all rows
