@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real lab pages readme train quick eval clean
+.PHONY: help demo test test-real lab pages docs readme train quick eval clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ lab: $(INSTALLED) ## open the pages in JupyterLab
 pages: $(INSTALLED) ## run every page again, store its outputs, render the README
 	@$(BIN)/python tests/tools/pages.py $(PAGES)
 	@$(BIN)/python tests/tools/readme.py
+
+docs: $(INSTALLED) ## all pages as a static site with search: runs/book/index.html
+	@$(BIN)/python tests/tools/book.py
 
 readme: $(INSTALLED) ## render README.md from nbs/index.ipynb as it is stored
 	@$(BIN)/python tests/tools/readme.py

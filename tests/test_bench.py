@@ -80,3 +80,19 @@ def test_scoring_needs_no_model():
     code = "import sys, arm.app.score; print(*sorted(m for m in sys.modules if m.startswith(('lightning', 'transformers', 'matplotlib', 'diffusers'))))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip() == ""
 
+
+
+def test_a_benchmark_is_put_to_a_model_from_the_command_line(tmp_path, capsys):
+    from arm.app.cli import main
+    from PIL import Image
+    data = BENCH/"pope"/"coco_pope_random.json"
+    for name in {json.loads(line)["image"] for line in data.read_text().splitlines()}: Image.new("RGB", (32, 32), "white").save(tmp_path/name)
+    args = ["eval", "pope", "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path/"run"), "--json", str(tmp_path/"pope.json")]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "pope" in out and "answers: " in out and json.loads((tmp_path/"pope.json").read_text())["name"] == "pope"
+    assert main(args) == 0  # a finished run is only read
+    for wrong, why in ((["eval", "pope"], "--data"), (["eval", "pope", "--data", str(data)], "--images"), (["eval", "imagenet", "--data", str(data)], "choose one of"),
+                       (["eval", "pope", "--data", str(tmp_path/"no.json"), "--images", str(tmp_path)], "no.json")):
+        assert main(wrong) == 2
+        assert why in capsys.readouterr().err

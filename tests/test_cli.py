@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 from tools.strangers import encoded, files, note, png, png16, refusal, run, scene, untrained
 
-from arm.app import cli
+from arm.app import terminal
 
 ARM = Path(sys.executable).parent/"arm"
 RIGHT = scene()  # 48 px wide, 32 px high
@@ -145,7 +145,7 @@ def test_imagine_writes_what_was_asked(here, model):
     assert Path("again.png").read_bytes() == (here/"new/cat-2.png").read_bytes(), "picture i of seed s is the picture of seed s + i"
 
 
-@pytest.mark.parametrize("suffix", cli.SUFFIXES)
+@pytest.mark.parametrize("suffix", terminal.SUFFIXES)
 def test_writes_the_format_of_the_suffix(suffix, here, model):
     assert run("reconstruct", "in.png", "-o", f"out{suffix}", "--zoom", 3, "--model", model)[0] == 0
     im = Image.open(f"out{suffix}")
@@ -240,7 +240,7 @@ def test_refuses_outputs_that_cannot_be_written(out, says, here, model):
 
 def test_refuses_a_folder_without_permission(here, model, monkeypatch):
     Path("locked").mkdir(mode=0o555)
-    if os.geteuid() == 0: monkeypatch.setattr(cli.os, "access", lambda path, _: Path(path).name != "locked")  # root may write anywhere
+    if os.geteuid() == 0: monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")  # root may write anywhere
     for argv in (["imagine", "a cat", "-o", "locked/out.png"], ["demo", "--out", "locked"], ["eval", "--json", "locked/s.json"]): assert "writable" in refused(here, *argv, "--model", model)
 
 
@@ -406,7 +406,7 @@ def test_a_study_goes_on_and_a_finished_one_is_left_alone(here, monkeypatch):
 
 # ---- help, scores, demo -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score"])
+@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score", "recipe"])
 def test_help_has_examples(command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
@@ -415,7 +415,7 @@ def test_help_has_examples(command):
 def test_help_lists_all_commands():
     for argv in (["--help"], []):
         code, out, _ = run(*argv)
-        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score"))
+        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe"))
 
 
 def test_help_waits_for_no_library():

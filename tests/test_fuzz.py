@@ -31,7 +31,7 @@ def here(tmp_path_factory):
 def loaded(folder, monkeypatch):
     "The model is loaded once; loading has a fuzz of its own below."
     model = loaded_once(folder)
-    monkeypatch.setattr(cli, "load_model", lambda path, device="cpu": model)
+    monkeypatch.setattr(cli, "load_model", lambda path, device="cpu", plan=None: model)
 
 
 loaded_once = lru_cache(cli.load_model)

@@ -98,7 +98,8 @@ def check(out, name, kind, said):
     curve, base = read_curve(out/name), read_curve(out/kind)
     assert len(curve) == len(base) == STEPS
     apart = max(abs(a - b) for a, b in zip(curve, base))
-    assert apart <= 1e-5 * max(1., max(base)), f"{name}: the curve differs by {apart}"
+    least = 1e-5 if kind == "arm" else 1e-5 * max(1., max(base))  # the tokenizer's weighted sum is beyond 100, where float32 itself steps by 8e-6
+    assert apart <= least, f"{name}: the curve differs by {apart}"
     one, other = (load_tensors(out/n/"weights.safetensors") for n in (kind, name))
     assert one.keys() == other.keys() and all(one[k].shape == other[k].shape for k in one)
 

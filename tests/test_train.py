@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from arm.tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, Towe
 from arm.train.arm import LitARM
 from arm.train.data import ShapesPictures, mixed_pictures
 from arm.train.pool import ShapesPool, mixed_tokens
+from arm.train.processes import run_processes
 from arm.train.run import fit, read_log, train_teacher
 from arm.train.tokenizer import LitTeacher, LitTokenizer
 from tools.repo import ROOT
@@ -103,8 +105,7 @@ def descend(out, devices: int):
 
 def test_two_processes_equal_one(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests")])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path/"two")]
-    other = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    other = subprocess.Popen([sys.executable, __file__, str(tmp_path/"two")], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     descend(tmp_path/"one", 1)
     said, _ = other.communicate()
     assert other.returncode == 0, said[-3000:]
@@ -125,5 +126,5 @@ def test_each_process_trains_on_its_own_share():
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-    descend(Path(sys.argv[1]), 2)
+    torch.set_num_threads(1)
+    run_processes(descend, 2, sys.argv[1], Path(sys.argv[1]), 2, method="fork")

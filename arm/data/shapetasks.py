@@ -33,7 +33,7 @@ def references(
             found.append(noun_phrase(**{n: getattr(obj, n) for n in names}, article="the", noun=noun))
     return found
 
-# %% ../../nbs/10b_data.shapetasks.ipynb #657a5329
+# %% ../../nbs/10b_data.shapetasks.ipynb #7677cf43
 def _refer(scene, obj, rng, hide=""):
     "One reference, or None; with a place in one of three cases when the place may be said."
     noun = rng.choice(("object", "shape")) if hide != "shape" else "object"
@@ -52,10 +52,10 @@ def _attribute(kind, scene, rng):
                "size": ("what size is {}?", "is {} small or large?", "how big is {}?"),
                "place": ("where is {}?", "in which place is {}?")}[kind]
         answer = place_name(scene.rows, scene.cols, obj.row, obj.col) if kind == "place" else getattr(obj, name)
-        return QA(kind, rng.choice(ask).format(the), answer)
+        return QA(kind, rng.choice(ask).format(the), answer, (obj,))
     return None
 
-# %% ../../nbs/10b_data.shapetasks.ipynb #b6e019b8
+# %% ../../nbs/10b_data.shapetasks.ipynb #c64f039a
 def _count(scene, rng):
     "How many objects fit a description; rare answers are asked for more often, so that no answer rules."
     pairs = PAIRS if split_of(scene) == "unseen" else SEEN_PAIRS
@@ -72,9 +72,9 @@ def _count(scene, rng):
     shape, color = rng.choice([t for t in by_answer[n] if (t[0] is None, t[1] is None) == group])
     many = noun_phrase(shape, color, count=2, noun=rng.choice(("object", "shape"))).removeprefix("two ")
     ask = rng.choice(("how many {} are there?", "how many {} do you see?", "what is the number of {}?"))
-    return QA("count", ask.format(many), NUMBERS[n])
+    return QA("count", ask.format(many), NUMBERS[n], tuple(o for o in scene.objs if shape in (None, o.shape) and color in (None, o.color)))
 
-# %% ../../nbs/10b_data.shapetasks.ipynb #287de0cc
+# %% ../../nbs/10b_data.shapetasks.ipynb #eb7f5160
 def _exist(scene, rng):
     "Half yes, half no; a no changes one attribute of an object that is there, so both of its words may be seen."
     pairs = PAIRS if split_of(scene) == "unseen" else SEEN_PAIRS
@@ -85,7 +85,7 @@ def _exist(scene, rng):
         bound = [p for p in near if any(o.color == p[0] for o in scene.objs) and any(o.shape == p[1] for o in scene.objs)]
         color, shape = rng.choice(bound if bound and rng.random() < .5 else near)
     ask = rng.choice(("is there {}?", "do you see {}?", "does the picture show {}?"))
-    return QA("exist", ask.format(noun_phrase(shape, color)), "yes" if (color, shape) in there else "no")
+    return QA("exist", ask.format(noun_phrase(shape, color)), "yes" if (color, shape) in there else "no", tuple(o for o in scene.objs if (o.color, o.shape) == (color, shape)))
 
 def _relation(scene, rng):
     "Half yes, half no; a no is the reverse of something true."
@@ -95,7 +95,7 @@ def _relation(scene, rng):
     yes = rng.random() < .5
     true = rng.choice([r for r in RELATIONS if (holds(a, r, b) if yes else holds(b, r, a))])
     the_a, the_b = _refer(scene, a, rng), _refer(scene, b, rng)
-    return QA("relation", f"is {the_a} {rng.choice(RELATIONS[true])} {the_b}?", "yes" if yes else "no")
+    return QA("relation", f"is {the_a} {rng.choice(RELATIONS[true])} {the_b}?", "yes" if yes else "no", (a, b))
 
 # %% ../../nbs/10b_data.shapetasks.ipynb #6d97d99e
 def questions(

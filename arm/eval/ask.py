@@ -42,7 +42,7 @@ def read_answers(
     "All answers of a run so far."
     return {r["id"]: r["answer"] for f in sorted((Path(out) / "answers").glob("*.jsonl")) for r in read_jsonl(f)}
 
-# %% ../../nbs/57f_eval.ask.ipynb #3ba3c309
+# %% ../../nbs/57f_eval.ask.ipynb #985f8e34
 def answer_all(
     items: Sequence[Item], # of the whole benchmark; every process gets the same
     ask: Callable[[list[Item]], list[str]], # items -> one answer each
@@ -55,8 +55,7 @@ def answer_all(
     say: Callable[[str], None] = lambda text: None, # told how far it is
 ) -> Asked: # counts
     "Answer what has no answer yet."
-    out, (r, w) = Path(out), ranks()
-    rank, world = r if rank is None else rank, w if world is None else world
+    out, (rank, world) = Path(out), ranks(rank, world)
     start(items, Layout("questions", 1, None, None), out, 0, facts or {})
     have, mine, failed = read_answers(out), list(items)[rank::world], {}
     todo, number = [i for i in mine if i.id not in have], len(list((out / "answers").glob(f"{rank}-*.jsonl")))

@@ -92,12 +92,12 @@ def yes_or_no(
     word = re.match(r"\W*(\w+)", reply.lower())
     return word[1] if word and word[1] in ("yes", "no") else "unreadable"
 
-# %% ../../nbs/57c_eval.dpg.ipynb #3ff666d6
+# %% ../../nbs/57c_eval.dpg.ipynb #5d4c5a17
 def judge(
     images: str | Path,  # the official folder
     questions: dict[str, list[Ask]], # from `read_questions`
     out: str | Path,     # the detail file, named ..._detail.txt
-    vqa: Callable[[Image.Image, str], str], # tile and question -> "yes" or "no"
+    vqa: Callable[[Image.Image, str], str | None], # tile and question -> "yes" or "no"; None: no verdict, and the tile is left out
 ) -> Path: # the file written
     "Ask all questions about all tiles of a folder."
     out = Path(out)
@@ -111,7 +111,8 @@ def judge(
             for tile, (x, y) in zip(parts, ((0, 0), (w, 0), (0, h), (w, h))):
                 box = str((x, y, x + w, y + h))
                 if (str(file), box) in done: continue
-                lines += [f"{file}, {box}, {a.text}, {' '.join(vqa(tile, a.text).split())}" for a in questions[file.stem]]
+                said = [vqa(tile, a.text) for a in questions[file.stem]]
+                if None not in said: lines += [f"{file}, {box}, {a.text}, {' '.join(s.split())}" for a, s in zip(questions[file.stem], said)]
     finally: atomic_write(out, "".join(line + "\n" for line in lines))
     return out
 

@@ -46,7 +46,7 @@ def sample_seed(
     "The seed of one sample: it depends on nothing but these three, whatever the order, batch or process."
     return stable_hash(seed, id, k) % 2**31
 
-# %% ../../nbs/57a_eval.draw.ipynb #43452802
+# %% ../../nbs/57a_eval.draw.ipynb #f98edc24
 Save = Callable[[Image.Image | str, Path], None]  # writes a picture (PNG) or a text so that it is whole or absent
 
 @dataclass(frozen=True)
@@ -65,9 +65,12 @@ class Made:
     failed: dict[str, str]  # id -> why the model refused it
     missing: int  # items of all processes that are still absent
 
-def ranks() -> tuple[int, int]: # rank and number of processes
-    "Which part of the work is mine, as `torchrun` and SLURM launchers say it."
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def ranks(
+    rank: int | None = None,  # None: as the launcher says
+    world: int | None = None, # None: as the launcher says
+) -> tuple[int, int]: # rank and number of processes
+    "Which part of the work is mine, as `torchrun` and SLURM launchers say it unless told otherwise."
+    return int(os.environ.get("RANK", 0)) if rank is None else rank, int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
 
 def _save(work: Path) -> Save:
     "Write in another folder, then move: the official folder never holds half a file."
@@ -101,7 +104,7 @@ def start(
     save_json(out / "run.json", mine)
     write_jsonl(out / "items.jsonl", [{"id": i.id, "prompt": i.prompt, "group": i.group, "seeds": [sample_seed(seed, i.id, k) for k in range(layout.n)]} for i in items])
 
-# %% ../../nbs/57a_eval.draw.ipynb #856d571f
+# %% ../../nbs/57a_eval.draw.ipynb #dd0e42ae
 def generate(
     items: Sequence[Item], # of the whole benchmark; every process gets the same
     make: Callable[[list[Item], list[int]], list[Image.Image]], # items (repeated for several samples) and seeds -> one picture each
@@ -116,8 +119,7 @@ def generate(
     say: Callable[[str], None] = lambda text: None, # told how far it is
 ) -> Made: # counts
     "Draw what is missing of a benchmark, and write it where the official scorer looks for it."
-    out, (r, w) = Path(out), ranks()
-    rank, world = r if rank is None else rank, w if world is None else world
+    out, (rank, world) = Path(out), ranks(rank, world)
     start(items, layout, out, seed, facts or {})
     root, save = out / "images", _save(out / "partial")
     done = lambda item: all(f.is_file() for f in layout.files(root, item))

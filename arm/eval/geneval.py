@@ -44,9 +44,9 @@ def _write(root: Path, item: Item, pictures: list[Image.Image], save) -> None:
 
 LAYOUT = Layout("geneval", 4, _files, _write)
 
-# %% ../../nbs/57b_eval.geneval.ipynb #1448007f
+# %% ../../nbs/57b_eval.geneval.ipynb #8f0edf03
 Object = tuple[list[float], float, np.ndarray | None]  # box x0, y0, x1, y1 in px; confidence; mask (H, W) or None
-Detector = Callable[[Image.Image], dict[str, list[Object]]]  # picture -> class name -> objects
+Detector = Callable[[Image.Image], dict[str, list[Object]] | None]  # picture -> class name -> objects; None: no verdict
 Colour = Callable[[Image.Image, list[Object], str], list[str]]  # picture, objects of one class, its name -> a colour of COLORS each
 
 def keep(
@@ -103,7 +103,7 @@ def verdict(
         if (n := len(objects.get(want["class"], []))) >= want["count"]: why.append(f"expected {want['class']}<{want['count']}, found {n}")
     return not why, "\n".join(why)
 
-# %% ../../nbs/57b_eval.geneval.ipynb #14c184ff
+# %% ../../nbs/57b_eval.geneval.ipynb #218d8c53
 def judge(
     images: str | Path,  # the official folder
     out: str | Path,     # results.jsonl, made or gone on with
@@ -121,9 +121,10 @@ def judge(
             for file in sorted(f for f in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", f.name)):
                 if str(file) in rows: continue
                 image = open_picture(file)
-                objects = keep(detector(image), meta["tag"])
+                if (found := detector(image)) is None: continue  # no verdict is no "wrong": left out, and asked again next time
+                objects = keep(found, meta["tag"])
                 ok, why = verdict(objects, meta, image, colour)
-                boxes = {c: [[*map(float, o[0][:4]), float(o[1])] for o in found] for c, found in objects.items()}
+                boxes = {c: [[*map(float, o[0][:4]), float(o[1])] for o in kept] for c, kept in objects.items()}
                 rows[str(file)] = dict(filename=str(file), tag=meta["tag"], prompt=meta["prompt"], correct=ok, reason=why, metadata=json.dumps(meta), details=json.dumps(boxes))
     finally: write_jsonl(out, list(rows.values()))
     return out

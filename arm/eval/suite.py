@@ -16,12 +16,12 @@ from .openmoji import emoji_items, emoji_scores, tell_emoji
 from .scores import Lookup
 from .shapes import shapes_items, shapes_scores, tell_shapes
 
-# %% ../../nbs/54_eval.suite.ipynb #05a59bca
+# %% ../../nbs/54_eval.suite.ipynb #15a61d52
 GOALS = { # path of a score: (what it says, goal of the shipped model, goal of --quick); None: only reported
-    "shapes/t2i/strict/t1": ("shapes, drawn from a caption, temperature 1", .85, .55),
-    "shapes/t2i/strict/greedy": ("shapes, drawn from a caption, greedy", .96, .85),
-    "shapes/edit/strict/t1": ("shapes, edits, whole target scene, temperature 1", .75, .36),
-    "shapes/edit/strict/greedy": ("shapes, edits, whole target scene, greedy", .92, .62),
+    "shapes/t2i/strict/t1": ("shapes, drawn from a caption, temperature 1", .95, .55),
+    "shapes/t2i/strict/greedy": ("shapes, drawn from a caption, greedy", .98, .85),
+    "shapes/edit/strict/t1": ("shapes, edits, whole target scene, temperature 1", .88, .36),
+    "shapes/edit/strict/greedy": ("shapes, edits, whole target scene, greedy", .95, .62),
     "shapes/qa/exact": ("shapes, questions, greedy", .97, .80),
     "shapes/caption/exact": ("shapes, descriptions, whole scene, greedy", .98, .96),
     "shapes/reconstruct/scene": ("shapes, reconstructions, same scene", .985, .96),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'probabilities', 'draw', 'uniforms', 'seed_list', 'Decoder', 'code_places', 'Guidance', 'mixer',
-           'image_batch', 'in_dtype', 'generate_images', 'text_batch', 'generate_text']
+           'image_batch', 'in_dtype', 'generate_images', 'text_batch', 'generate_text', 'write_plans']
 
-# %% ../../nbs/33_model.generate.ipynb #1ed402d3
+# %% ../../nbs/33_model.generate.ipynb #7076ee89
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -257,3 +257,19 @@ def generate_text(
     for chunk in (order[a:a + batch_size] for a in range(0, len(order), batch_size)):
         out |= zip(chunk, text_batch(model, [prompts[i] for i in chunk], max_new, sampling, [seeds[i] for i in chunk]))
     return [out[i] for i in range(len(prompts))]
+
+# %% ../../nbs/33_model.generate.ipynb #81eba07c
+def write_plans(
+    model: ARM, # whose logits
+    prompts: list[ImagePrompt], # P prompts without a plan
+    *,
+    max_new: int = 96, # longest plan
+    sampling: Sampling = Sampling(), # temperature and filters
+    seeds: int | list[int] = 0, # one per prompt, or s for s, s+1, ...
+    dtype: torch.dtype | None = None, # precision; None: the model's own
+    batch_size: int = 256, # prompts that run at the same time
+) -> list[ImagePrompt]: # the same prompts with the model's plans
+    "Let the model say in words what it is about to draw."
+    seeds = [s + 2**40 for s in seed_list(seeds, len(prompts))] # not the numbers that the codes are drawn with
+    said = generate_text(model, [p.plan_ids(model.vocab) for p in prompts], max_new=max_new, sampling=sampling, seeds=seeds, dtype=dtype, batch_size=batch_size)
+    return [replace(p, plan=plan) for p, plan in zip(prompts, said)]

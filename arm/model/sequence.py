@@ -7,9 +7,9 @@ __all__ = ['BRANCHES', 'IGNORE', 'check_whole', 'Vocab', 'text_ids', 'image_ids'
            'chain_sample', 'qa_prompt', 'qa_sample', 'text_sample', 'Segments', 'segments', 'Batch', 'pad_batch',
            'split_batch', 'pack_rows', 'pack', 'visual_positions']
 
-# %% ../../nbs/30_model.sequence.ipynb #8c246836
+# %% ../../nbs/30_model.sequence.ipynb #94e97143
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -86,7 +86,7 @@ def image_ids(
     if len(indices) != h * w: raise ValueError(f"{len(indices)} codes for a grid of {h} x {w}; the grid needs {h * w}. Pass the grid that the tokenizer returned.")
     return [vocab.boi, vocab.shape_id(h), vocab.shape_id(w), *vocab.visual_ids(indices).tolist(), vocab.eoi]
 
-# %% ../../nbs/30_model.sequence.ipynb #1352cd1c
+# %% ../../nbs/30_model.sequence.ipynb #ce98f4b9
 BRANCHES = ("full", "no_text", "no_image", "none") # which conditions of a prompt stay
 
 @dataclass(frozen=True)
@@ -96,16 +96,26 @@ class ImagePrompt:
     grid: tuple[int, int]          # (h, w) of the picture to make
     source: Tensor | None = None   # (N,) codes of the source picture; None for text-to-image, or when dropped
     source_grid: tuple[int, int] | None = None # (h, w) of the source; None means the same as grid
+    plan: list[int] | None = None  # ids of the picture in words, written before it is drawn; None draws at once
+
+    def plan_ids(self,
+        vocab: Vocab, # the id space
+    ) -> list[int]: # BOS [source] text h w ANS
+        "What the model reads before it writes a plan."
+        return [*replace(self, plan=None).ids(vocab)[:-3], *self._sides(vocab), vocab.ans]
+
+    def _sides(self, vocab): return [vocab.shape_id(n) for n in self.grid]
 
     def ids(self,
         vocab: Vocab, # the id space
         keep: str = "full", # "full", "no_text", "no_image" or "none": which conditions stay
-    ) -> list[int]: # BOS [source] text BOI h w
-        "The prompt as ids, whole or with conditions left out."
+    ) -> list[int]: # BOS [source] text [h w ANS plan] BOI h w
+        "The prompt as ids, whole or with conditions left out; a plan is made from all conditions, and goes with any of them."
         if keep not in BRANCHES: raise ValueError(f"keep={keep!r}; choose one of {', '.join(BRANCHES)}.")
         source = [] if self.source is None or keep in ("no_image", "none") else image_ids(vocab, self.source, self.source_grid or self.grid)
         text = [] if keep in ("no_text", "none") else text_ids(vocab, self.text)
-        return [vocab.bos, *source, *text, vocab.boi, vocab.shape_id(self.grid[0]), vocab.shape_id(self.grid[1])]
+        plan = [] if self.plan is None or keep != "full" else [*self._sides(vocab), vocab.ans, *text_ids(vocab, self.plan)]
+        return [vocab.bos, *source, *text, *plan, vocab.boi, *self._sides(vocab)]
 
     def drop(self,
         rng: random.Random,
@@ -114,9 +124,9 @@ class ImagePrompt:
     ) -> "ImagePrompt": # the prompt, perhaps with less in it
         "Condition dropout for guidance."
         gone = rng.random() < source, rng.random() < text
-        return ImagePrompt([] if gone[1] else self.text, self.grid, None if gone[0] else self.source, None if gone[0] else self.source_grid)
+        return ImagePrompt([] if gone[1] else self.text, self.grid, *(None, None) if gone[0] else (self.source, self.source_grid), None if any(gone) else self.plan)
 
-# %% ../../nbs/30_model.sequence.ipynb #eca9b9ec
+# %% ../../nbs/30_model.sequence.ipynb #2e609d24
 IGNORE = -100  # the label of a position that gets no loss (torch's own default)
 
 class Sample(NamedTuple):
@@ -128,11 +138,12 @@ def image_sample(
     vocab: Vocab, # the id space
     prompt: ImagePrompt, # text-to-image or edit
     indices, # (N,) codes of the picture to learn
-) -> Sample: # prompt v1..vN EOI EOS, loss on the codes and EOS
+) -> Sample: # prompt v1..vN EOI EOS, loss on the plan and the BOI that ends it, on the codes and EOS
     "A training document for text-to-image or editing."
     start = prompt.ids(vocab)
     codes = image_ids(vocab, indices, prompt.grid)[3:-1]
-    return Sample([*start, *codes, vocab.eoi, vocab.eos], [IGNORE] * len(start) + codes + [IGNORE, vocab.eos])
+    given, learnt = ([IGNORE] * len(start), []) if prompt.plan is None else ([IGNORE] * len(prompt.plan_ids(vocab)), [*prompt.plan, vocab.boi, IGNORE, IGNORE])
+    return Sample([*start, *codes, vocab.eoi, vocab.eos], given + learnt + codes + [IGNORE, vocab.eos])
 
 # %% ../../nbs/30_model.sequence.ipynb #5998a6ab
 def chain_sample(
@@ -149,15 +160,16 @@ def chain_sample(
         ids, labels = [*ids, *start, *codes, vocab.eoi], [*labels, *[IGNORE] * len(start), *codes, IGNORE]
     return Sample([*ids, vocab.eos], [*labels, vocab.eos])
 
-# %% ../../nbs/30_model.sequence.ipynb #904791b7
+# %% ../../nbs/30_model.sequence.ipynb #01989b53
 def qa_prompt(
     vocab: Vocab, # the id space
     indices, # (N,) codes of the picture
     grid: tuple[int, int], # its (h, w)
     question: list[int], # ids of the question
-) -> list[int]: # BOS image question ANS
+    before: tuple[tuple[list[int], list[int]], ...] = (), # (question ids, answer ids) of earlier turns
+) -> list[int]: # BOS image (question ANS answer EOS)* question ANS
     "What the model reads before it answers."
-    return [vocab.bos, *image_ids(vocab, indices, grid), *text_ids(vocab, question), vocab.ans]
+    return [*qa_sample(vocab, indices, grid, before).input_ids, *text_ids(vocab, question), vocab.ans]
 
 def qa_sample(
     vocab: Vocab, # the id space

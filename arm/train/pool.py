@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encode_images', 'ShapesPool', 'EmojiPool', 'Mixture', 'mixed_tokens']
 
-# %% ../../nbs/40a_train.pool.ipynb #009b07ac
+# %% ../../nbs/40a_train.pool.ipynb #f8445609
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -16,6 +16,7 @@ from ..core import make_rng, to_float
 from ..data.emojitasks import DerivedPairs, instruction, pairs, questions as emoji_questions
 from ..data.openmoji import OpenMoji
 from ..data.shapeguises import in_guise, sample_guise, say_in_guise
+from ..data.shapeplans import caption_plan, edit_plan, evidence
 from ..data.shapes import CANVASES, sample_scene
 from ..data.shapetasks import edit, questions
 from ..data.shapetext import caption, full_caption
@@ -44,7 +45,7 @@ def encode_images(
         out.append(codes[number].view(len(some), -1))
     return torch.cat(out)
 
-# %% ../../nbs/40a_train.pool.ipynb #fa2918df
+# %% ../../nbs/40a_train.pool.ipynb #c8ed1e36
 class ShapesPool:
     "Scenes of the training split with their codes, captions, questions and edits; some are in disguise."
     def __init__(self,
@@ -55,8 +56,9 @@ class ShapesPool:
         n_captions:int=4, # wordings per scene
         disguised:float=.35, # share of scenes in invented colours
         progress:bool=True, # show a bar
+        plan:float=0., # share of documents in which words come before the picture or the answer
     ):
-        self.items = []
+        self.items, self.plan = [], plan
         for k, (rows, cols) in enumerate(CANVASES):
             drawn, rng = [], make_rng(seed, "pool", k)
             for _ in tqdm(range(n_scenes // len(CANVASES)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
@@ -66,8 +68,8 @@ class ShapesPool:
             targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).short()
             for (s, e, g), c, t in zip(drawn, codes, targets):
                 say = lambda words: text.encode(say_in_guise(words, g))
-                self.items.append(((2 * rows, 2 * cols), c, [say(caption(s, rng).text) for _ in range(n_captions)],
-                    [(say(q.question), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t))
+                self.items.append(((2 * rows, 2 * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
+                    [(say(q.question), say(evidence(s, q)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e))))
         self.describe = text.encode(DESCRIBE)
 
     def sample(self,
@@ -77,16 +79,19 @@ class ShapesPool:
         drop:float, # probability that a condition is left out, text and source apart
     ) -> Sample: # one document
         "Draw a document of a task."
-        grid, codes, captions, qas, full, words, target = rng.choice(self.items)
-        codes, target = codes.long() & 0xFFFF, target.long() & 0xFFFF
-        if task == "t2i": return image_sample(vocab, ImagePrompt(rng.choice(captions), grid).drop(rng, text=drop), codes)
-        if task == "edit": return image_sample(vocab, ImagePrompt(words, grid, codes).drop(rng, text=drop, source=drop), target)
-        if task == "chain": return chain_sample(vocab, ImagePrompt(rng.choice(captions), grid).drop(rng, text=drop), codes, [(words, target)])
-        if task == "text": return text_sample(vocab, rng.choice(captions))
+        grid, codes, captions, qas, full, words, target, change = rng.choice(self.items)
+        codes, target, thinks = codes.long() & 0xFFFF, target.long() & 0xFFFF, self.plan > 0 and rng.random() < self.plan
+        if task == "edit": return image_sample(vocab, ImagePrompt(words, grid, codes, plan=change if thinks else None).drop(rng, text=drop, source=drop), target)
+        if task == "qa" and thinks: return qa_sample(vocab, codes, grid, [([], full), *(turn for q, why, a in rng.sample(qas, min(5, len(qas))) for turn in ((q, why), ([], a)))])
+        if task == "qa": qas, said = [(q, a) for q, _, a in qas], None
+        else: said, plan = rng.choice(captions)
+        if task == "t2i": return image_sample(vocab, ImagePrompt(said, grid, plan=plan if thinks else None).drop(rng, text=drop), codes)
+        if task == "chain": return chain_sample(vocab, ImagePrompt(said, grid).drop(rng, text=drop), codes, [(words, target)])
+        if task == "text": return text_sample(vocab, said)
         turns = rng.sample(qas, min(6, len(qas))) + [(self.describe, full)] * (rng.random() < .5)
         return qa_sample(vocab, codes, grid, rng.sample(turns, len(turns)))
 
-# %% ../../nbs/40a_train.pool.ipynb #ae09b0d0
+# %% ../../nbs/40a_train.pool.ipynb #426bd0fc
 class EmojiPool:
     "Training pictures of OpenMoji with their codes, captions, questions and edit pairs."
     def __init__(self,
@@ -96,8 +101,9 @@ class EmojiPool:
         seed:int, # of the shifts
         n_shifts:int=4, # moved versions of each picture besides the true one
         derived:float=.3, # share of derived pictures
+        plan:float=0., # share of documents with an empty plan: there is nothing to count or to place
     ):
-        self.data, self.text, self.derived, rng = data, text, derived, make_rng(seed, "shifts")
+        self.data, self.text, self.derived, self.plan, rng = data, text, derived, plan, make_rng(seed, "shifts")
         moves = [(0, 0)] + [(rng.randint(-2, 2), rng.randint(-2, 2)) for _ in range(n_shifts)]
         rows = data.ids("train", None)
         codes = [encode_images(tokenizer, shift(data.images[rows], *m, fill=255)) for m in moves]
@@ -119,17 +125,21 @@ class EmojiPool:
         drop:float, # probability that a condition is left out, text and source apart
     ) -> Sample: # one document
         "Draw a document of a task."
+        thinks = self.plan > 0 and rng.random() < self.plan
+        plan = [] if thinks else None
         if task in ("edit", "chain"):
             pair = self.invented.sample(rng) if rng.random() < self.derived else rng.choice(self.kinds[rng.choices(list(self.kinds), self.weights)[0]])
             v, words = rng.randrange(len(self.codes[pair.src])), self.text.encode(instruction(pair, rng))
             if task == "chain": return chain_sample(vocab, ImagePrompt(self.caption(pair.src, rng), self.grid).drop(rng, text=drop), self.codes[pair.src][0], [(words, self.codes[pair.dst][0])])
-            return image_sample(vocab, ImagePrompt(words, self.grid, self.codes[pair.src][v]).drop(rng, text=drop, source=drop), self.codes[pair.dst][v])
+            return image_sample(vocab, ImagePrompt(words, self.grid, self.codes[pair.src][v], plan=plan).drop(rng, text=drop, source=drop), self.codes[pair.dst][v])
         i = rng.choice(self.made if rng.random() < self.derived else self.true)
-        if task == "t2i": return image_sample(vocab, ImagePrompt(self.caption(i, rng), self.grid).drop(rng, text=drop), self.codes[i][0])
+        if task == "t2i": return image_sample(vocab, ImagePrompt(self.caption(i, rng), self.grid, plan=plan).drop(rng, text=drop), self.codes[i][0])
         if task == "text": return text_sample(vocab, self.caption(i, rng))
         turns = rng.sample(self.qas[i], min(6, len(self.qas[i])))
         turns += [(self.describe, self.captions[i][0])] * (rng.random() < .5 or not turns)
-        return qa_sample(vocab, rng.choice(self.codes[i]), self.grid, rng.sample(turns, len(turns)))
+        turns = rng.sample(turns, len(turns))
+        if thinks: turns = [([], []), *(turn for q, a in turns for turn in (((q, []), ([], a)) if q != self.describe else ((q, a),)))]
+        return qa_sample(vocab, rng.choice(self.codes[i]), self.grid, turns)
 
     def caption(self,
         i:int, # row number

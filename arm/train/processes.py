@@ -39,6 +39,7 @@ def run_processes(    target:Callable, # what each process does; with method "sp
     "Run processes until all are done. If one dies, the others are stopped, and one error says which, how, and how to go on."
     out, ctx, port = Path(out), multiprocessing.get_context(method), _free_port()
     out.mkdir(parents=True, exist_ok=True)
+    if method == "fork" and dist.is_initialized(): dist.destroy_process_group() # children would inherit the group of an earlier training
     logs = [out / f"process-{r}.log" for r in range(n)]
     procs = [ctx.Process(target=_as_process, args=(target, r, n, port, str(logs[r]), args)) for r in range(n)]
     for p in procs: p.start()

@@ -110,7 +110,7 @@ class Samples(Callback):
         for k, im in enumerate(images): sheet[:, k // cols * (h + 2):k // cols * (h + 2) + h, k % cols * (w + 2):k % cols * (w + 2) + w] = im
         with atomic_path(self.folder / f"samples-{trainer.global_step:06d}.png") as tmp: to_pil(sheet).save(tmp, format="PNG")
 
-# %% ../../nbs/43_train.run.ipynb #95d6dd12
+# %% ../../nbs/43_train.run.ipynb #f3c5d265
 def fit(
     module:L.LightningModule, # what is trained
     draw:Callable, # batches by step
@@ -127,7 +127,7 @@ def fit(
 ) -> L.LightningModule: # the trained module
     "Train with Lightning: CSV log, progress bar, a checkpoint every so many steps, and exact resume from it."
     out.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", message=".*num_workers.*|.*does not have many workers.*|.*Checkpoint directory.*|.*log_every_n_steps.*|.*LeafSpec.*|.*isinstance.treespec.*")
+    warnings.filterwarnings("ignore", message=".*num_workers.*|.*does not have many workers.*|.*Checkpoint directory.*|.*log_every_n_steps.*|.*LeafSpec.*|.*isinstance.treespec.*|.*transfer_batch_to_device.*|.*in eval mode at the start.*")
     keep = ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
     calls = [keep] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
     starts = len(list(out.glob("log*")))
@@ -240,14 +240,15 @@ def load_tokenizer(
     load_weights(tokenizer, load_tensors(folder(out, stage) / "tokenizer.safetensors"))
     return tokenizer.eval()
 
-# %% ../../nbs/43_train.run.ipynb #4c9387d8
+# %% ../../nbs/43_train.run.ipynb #1c59231d
 def pools(
     run:RunConfig, # worlds and sizes
     tokenizer:VisualTokenizer, # frozen
+    plan:float=0., # share of documents with words before the picture or the answer
 ) -> list: # one pool per world
     "The token pools of a run."
     text = default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet()) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder

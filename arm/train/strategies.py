@@ -117,10 +117,15 @@ class Pieces(L.LightningModule):
         for p in self.parameters():
             if p.grad is not None: (p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).mul_(factor)
 
-# %% ../../nbs/48_train.strategies.ipynb #d615c83e
+# %% ../../nbs/48_train.strategies.ipynb #4e34fba6
 class Spread(Pieces):
     "What a module needs to run on many processes: cut, computed anew, compiled, accumulated. Mixed into the module of a stage."
-    accumulate, backend, ready = 1, "", False
+    accumulate, backend, dynamic, casts, ready = 1, "", False, False, False # dynamic: of torch.compile; casts: weights may be cast to bf16 as they are gathered
+
+    def trunks(self) -> list[ARM]: return [self.model] # transformers that tensor parallel cuts
+    def apart(self) -> set[nn.Parameter]: return {p for p in self.parameters() if p.ndim == 0} # what every process keeps whole
+    def batches(self, *settings) -> StepData: return SpreadData(*settings) # where a process finds its share
+    def fill(self): pass # for weights that arrive when the places for them are cut
 
     def repeated(self) -> list[nn.Module]: # blocks and layers, by the names that ours and `transformers` have for them
         "The blocks of all networks in the module; FSDP2 gathers one at a time."
@@ -132,17 +137,18 @@ class Spread(Pieces):
         self.ready, s, mesh = True, self.sharding, self.device_mesh
         if s.sharded: self.prepare()
         for b in self.repeated():
-            if self.backend: b.forward = torch.compile(b.forward, backend=self.backend, dynamic=False) # packed rows have one length
+            if self.backend: b.forward = torch.compile(b.forward, backend=self.backend, dynamic=self.dynamic) # packed rows have one length
             if s.checkpointing and any(p.requires_grad for p in b.parameters()): b.forward = partial(checkpoint, b.forward, use_reentrant=False)
-        if not s.sharded: return
-        if s.tp > 1: share_blocks(self.model, mesh["tensor_parallel"])
+        if not s.sharded: return self.fill()
+        for trunk in self.trunks() if s.tp > 1 else (): share_blocks(trunk, mesh["tensor_parallel"])
         how = dict(mesh=mesh["data_parallel"], mp_policy=self.policy())
         for b in self.repeated(): fully_shard(b, **how)
-        fully_shard(self, **how, reshard_after_forward=False, ignored_params={p for p in self.parameters() if p.ndim == 0})
+        fully_shard(self, **how, reshard_after_forward=False, ignored_params=self.apart())
         register_fsdp_forward_method(self, "training_step") # weights outside the blocks are gathered once per step
+        self.fill()
 
     def prepare(self): pass # what a kind of module does before it is cut
-    def policy(self) -> MixedPrecisionPolicy: return MixedPrecisionPolicy(cast_forward_inputs=False)
+    def policy(self) -> MixedPrecisionPolicy: return MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if self.casts and self.sharding.wide == 2 else (None, None), cast_forward_inputs=False)
 
     def training_step(self, batch, batch_idx:int) -> Tensor:
         "The stage's own step; its loss is noted for the curve."
@@ -150,14 +156,14 @@ class Spread(Pieces):
         self.__dict__.setdefault("noted", []).append(loss.detach())
         return loss
 
-# %% ../../nbs/48_train.strategies.ipynb #8e1720ef
+# %% ../../nbs/48_train.strategies.ipynb #5e8f8430
 class SpreadARM(Spread, LitARM):
     "The transformer on many processes."
+    casts = True
+
     def prepare(self):
         if self.optimizer is muon: raise ValueError("optimizer='muon' with a sharded strategy: Muon needs whole matrices, and each process has a piece; take optimizer='adamw'")
         split_projections(self.model)
-
-    def policy(self): return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if self.sharding.wide == 2 else super().policy()
 
     def step_loss(self, batch, batch_idx:int) -> Tensor:
         "With accumulation: the piece's share of the mean over all labels of the step, on all processes."
@@ -245,7 +251,7 @@ def read_curve(
     rows = [line.split(",") for line in (Path(out) / "curve.csv").read_text().splitlines()]
     return [v for _, v in sorted({int(step): float(loss) for step, loss in rows}.items())]
 
-# %% ../../nbs/48_train.strategies.ipynb #5047c2fe
+# %% ../../nbs/48_train.strategies.ipynb #3b3c7307
 def lightning_strategy(
     s:Sharding, # how the work is spread
 ) -> Strategy|str: # what `Trainer` takes
@@ -255,7 +261,7 @@ def lightning_strategy(
     return ModelParallelStrategy(data_parallel_size=s.groups, tensor_parallel_size=s.tp)
 
 def fit_spread(
-    module:Spread, # `SpreadARM` or `SpreadTokenizer`
+    module:Spread, # `SpreadARM`, `SpreadTokenizer` or another
     draw:Callable, # batches by step
     n_steps:int, # length of the run
     out:str|Path, # folder for curve, log and checkpoints
@@ -271,15 +277,15 @@ def fit_spread(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if sharding.gpus % nodes: raise ValueError(f"{sharding.gpus} processes on {nodes} nodes: each node runs equally many; take a multiple of {nodes}")
-    module.sharding, module.accumulate, module.backend = sharding, accumulate, backend
-    autocast = sharding.wide == 2 and not (sharding.sharded and isinstance(module, SpreadARM)) # FSDP2 casts the transformer's weights itself
+    module.sharding, module.accumulate, module.backend, starts = sharding, accumulate, backend, len(list(out.glob("log*")))
+    autocast = sharding.wide == 2 and not (sharding.sharded and module.casts) # FSDP2 casts the transformer's weights itself
     trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator="auto" if torch.cuda.is_available() else "cpu", devices=sharding.gpus // nodes, num_nodes=nodes,
         strategy=lightning_strategy(sharding), precision="bf16-mixed" if autocast else "32-true", accumulate_grad_batches=accumulate, gradient_clip_val=1.,
-        callbacks=[Checkpoints(out, every)], logger=CSVLogger(out, name="", version="log"), use_distributed_sampler=False,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
+        callbacks=[Checkpoints(out, every)], logger=CSVLogger(out, name="", version=f"log{starts or ''}"), use_distributed_sampler=False,
+        log_every_n_steps=min(10, every), enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
     last = out / "last.json"
     path = out / load_json(last)["checkpoint"] if last.exists() else None
-    trainer.fit(module, datamodule=SpreadData(draw, n_steps, accumulate, num_workers), ckpt_path=path, weights_only=True)
+    trainer.fit(module, datamodule=module.batches(draw, n_steps, accumulate, num_workers), ckpt_path=path, weights_only=True)
     return module
 
 # %% ../../nbs/48_train.strategies.ipynb #a2639c67

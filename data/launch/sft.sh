@@ -1,0 +1,7 @@
+#!/bin/bash
+# Supervised fine-tuning. On each machine, from the top of the repository: HEAD=first-machine data/launch/sft.sh
+# Fewer machines: NODES=4 GPUS=8 HEAD=first-machine data/launch/sft.sh --gpus 32 ...
+set -euo pipefail
+: "${HEAD:?name the first machine, such as HEAD=node01}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" TQDM_DISABLE=1
+torchrun --nnodes "${NODES:-10}" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id arm-sft --max-restarts "${RESTARTS:-3}" -m arm.app.launch sft --config data/launch/sft.yaml "$@"

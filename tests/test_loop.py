@@ -1,0 +1,97 @@
+"""Reinforcement learning as users meet it: two real processes make the update of one, a command trains, and the weights that ship are what their card says."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from arm.app.cli import main
+from arm.core import load_json, load_tensors, save_tensors, seeded
+from arm.model.sequence import ImagePrompt
+from arm.model.tasks import Arm
+from arm.model.transformer import ARM, ARMConfig
+from arm.rl.grpo import GRPOConfig
+from arm.rl.loop import LitGRPO
+from arm.rl.prompts import Item, mixed_items
+from arm.rl.rewards import Reward
+from arm.tokenizer.model import VisualTokenizer
+from arm.train.processes import run_processes
+from arm.train.run import fit, read_log
+from test_train import SIZES, TEXT
+from tools.repo import ROOT
+
+STEPS = 3
+
+
+def bright(images: torch.Tensor) -> list[Reward]: return [Reward((float(x.mean()) + 1) / 2, {}) for x in images]
+
+
+class Lamps:
+    "Prompts of several lengths, with and without a source picture; brightness is the reward, and some groups teach nothing."
+    def __call__(self, rng, task):
+        text, grid = [rng.randrange(1, 50) for _ in range(rng.randint(1, 5))], rng.choice([(1, 2), (2, 2)])
+        source = torch.tensor([rng.randrange(2 ** len(SIZES.levels)) for _ in range(grid[0] * grid[1])]) if task == "edit" else None
+        flat = rng.random() < .5
+        judge = (lambda images: [Reward(1., {}) for _ in images]) if flat else bright
+        return Item(task, ImagePrompt(text, grid, source), judge, "a lamp", rng.getrandbits(40))
+
+
+def module():
+    with seeded(0, "grpo"):
+        tokenizer = VisualTokenizer(SIZES).eval()
+        model = ARM(replace(ARMConfig.tiny(), dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=64, text_size=TEXT.vocab_size))
+        return LitGRPO(model, tokenizer, replace(GRPOConfig.tiny(), num_generations=4, beta=.01), STEPS, 1e-3)
+
+
+def train(out: Path, n: int):
+    "What each process runs."
+    lit = module()
+    fit(lit, mixed_items([Lamps()], 6, 0), STEPS, out, "grpo", every=1, precision="32-true", devices=n, strategy="ddp_find_unused_parameters_true" if n > 1 else "auto")
+    if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", lit.model.state_dict())
+
+
+def both(out: Path):
+    torch.set_num_threads(1)
+    train(out/"one", 1)
+    run_processes(train, 2, out/"two", out/"two", 2, method="fork")
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT/"tests")])}
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    start = {k: v.clone() for k, v in module().model.state_dict().items()}
+    one, two = (load_tensors(tmp_path/n/"weights.safetensors") for n in ("one", "two"))
+    moved = sum(float((one[k] - start[k]).pow(2).sum()) for k in one) ** .5
+    apart = sum(float((one[k] - two[k]).pow(2).sum()) for k in one) ** .5
+    assert moved > 1e-2, "nothing was learnt, so nothing was compared"
+    assert apart < 1e-3 * moved, (apart, moved)
+    assert 0 < min(read_log(tmp_path/"one")["live_samples"][1]) < 1  # groups without variance were among them
+
+
+def test_the_weights_after_reinforcement_share_the_tokenizer_of_the_start():
+    models = ROOT/"data"/"models"
+    start, after = (Arm.from_pretrained(models/name) for name in ("tiny", "tiny-rl"))
+    assert not (models/"tiny-rl"/"tokenizer.safetensors").exists()
+    assert all(torch.equal(v, after.tokenizer.state_dict()[k]) for k, v in start.tokenizer.state_dict().items())
+    assert any(not torch.equal(v, after.model.state_dict()[k]) for k, v in start.model.state_dict().items())
+    phase = after.card["rl"][-1]
+    assert (phase["start"], phase["phase"], phase["run"]["seed"]) == ("sft", "joint", 0) and after.card["sft"][0]["start"] == "tiny" and after.card["plan"]
+    assert sum(f.stat().st_size for f in models.rglob("*") if f.is_file()) < 30e6
+    one, two = (load_json(models/name/"scores.json") for name in ("tiny", "tiny-rl"))
+    assert one.keys() == two.keys() and all(one[k]["n"] == two[k]["n"] for k in one)
+    assert two["shapes/t2i/strict/greedy"]["low"] > one["shapes/t2i/strict/greedy"]["high"]  # what the README claims
+
+
+def test_train_grpo_is_a_command(tmp_path, capsys):
+    out = str(tmp_path/"rl")
+    args = ["train", "grpo", "--out", out, "--phase", "edit", "--steps", "1", "--n_prompts", "1", "--num_generations", "2", "--every", "1", "--replay", "0"]
+    assert main(args) == 0 and Arm.from_pretrained(Path(out)/"model").card["rl"][-1]["phase"] == "edit"
+    assert main([*args, "--every", "5"]) == 0  # done already
+    capsys.readouterr()
+    assert main(["train", "grpo", "--out", out, "--phase", "t2i", "--steps", "1"]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+if __name__ == "__main__": both(Path(sys.argv[1]))
