@@ -263,7 +263,7 @@ class ProjectionLosses(TokenizerLosses):
         ink, half = inked(images, patch).sum(1), dice.rows(torch.rand, len(images)) < .5 # half of the pictures is enough for the palette
         z, sketches = tok.down.staged(images)
         losses = dict(sketch=fair_mean(self, sketch_loss(sketches, images, patch), ink.sum()))
-        if not k: return z, losses
+        if not k or tok.cfg.factored: return z, losses # factored stages cannot see what they must not
         losses["structure"] = fair_mean(self, agreement_loss(z[..., :k], tok.down.staged(other, k)[0][..., :k], images, patch), ink.sum())
         turned = tok.down.staged(turn_patches(images[half], patch, dice))[0]
         losses["palette"] = fair_mean(self, agreement_loss(z[half, :, k:], turned[..., k:], images[half], patch), ink[half].sum())
