@@ -31,11 +31,13 @@ def caption_plan(
 
 # %% ../../nbs/10d_data.shapeplans.ipynb #5646b8ef
 def edit_plan(
-    scene: Scene, # the source
-    change: Edit, # what to do with it
-) -> str:         # the source in full, "; then", the target in the same order
-    "The source, and then the source with the change made."
+    scene: Scene,        # the source
+    change: Edit,        # what to do with it
+    brief: bool = False, # tell the change alone instead of the whole target
+) -> str:                # the source in full, then the target in the same order; or what becomes what
+    "The source, and then the source with the change made, or the change in full."
     new = [o for o in change.target.objs if o not in scene.objs]
+    if brief: return f"{full_caption(scene)}; {spell(scene, tuple(o for o in scene.objs if o not in change.target.objs))} becomes {spell(scene, tuple(new))}"
     stays = len(change.target.objs) == len(scene.objs) # an object becomes another one
     after = [o if o in change.target.objs else new[0] for o in scene.objs if o in change.target.objs or stays]
     return f"{full_caption(scene)}; then {spell(scene, tuple(after if stays else after + new))}"

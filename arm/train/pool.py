@@ -57,6 +57,7 @@ class ShapesPool:
         disguised:float=.35, # share of scenes in invented colours
         progress:bool=True, # show a bar
         plan:float=0., # share of documents in which words come before the picture or the answer
+        brief:bool=False, # plans of edits tell the change alone, see `edit_plan`
     ):
         self.items, self.plan = [], plan
         for k, (rows, cols) in enumerate(CANVASES):
@@ -69,7 +70,7 @@ class ShapesPool:
             for (s, e, g), c, t in zip(drawn, codes, targets):
                 say = lambda words: text.encode(say_in_guise(words, g))
                 self.items.append(((2 * rows, 2 * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
-                    [(say(q.question), say(evidence(s, q)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e))))
+                    [(say(q.question), say(evidence(s, q)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e, brief))))
         self.describe = text.encode(DESCRIBE)
 
     def sample(self,
@@ -157,6 +158,11 @@ class Mixture:
     chain:float = .26 # a picture from its caption, and then its edit
     qa:float = .30 # questions and captions, several turns in one document
     text:float = .02 # plain text
+
+    @classmethod
+    def planned(cls) -> "Mixture":
+        "For shapes, when words come before pictures and answers: more of what plans help with (our choice)."
+        return cls(t2i=.30, edit=.40, chain=.02, qa=.26, text=.02)
 
     @classmethod
     def openmoji(cls) -> "Mixture":

@@ -16,7 +16,7 @@ import lightning as L, torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from ..core import atomic_path, config_to_dict, load_tensors, load_weights, make_rng, save_json, save_tensors, to_pil
+from ..core import atomic_path, config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, save_json, save_tensors, to_pil
 from ..data.openmoji import load_openmoji
 from ..data.text import default_tokenizer
 from ..model.tasks import Arm
@@ -43,6 +43,9 @@ class RunConfig:
     arm_batch:int=64 # documents per step
     arm_lr:float=2e-3 # peak learning rate of the transformer
     arm_hold:float=.7 # share of the transformer's steps at the full rate
+    factored:bool=False # codes in two halves that know nothing of each other, see `FactoredProjection`
+    plan:float=0. # share of documents with words before the picture or the answer
+    brief:bool=False # plans of edits tell the change alone, see `edit_plan`
     seed:int=0 # of everything
 
     @classmethod
@@ -53,7 +56,7 @@ class RunConfig:
     @classmethod
     def quick(cls) -> "RunConfig":
         "Shapes alone, for a coffee break."
-        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=1200, decoder_steps=500, arm_steps=3000, scenes=24_000)
+        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=1600, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True)
 
 def run_config(
     quick:bool=False, # the short run on shapes alone
@@ -164,8 +167,10 @@ def finish(
     path:Path, # the stage's folder
     weights:dict[str, nn.Module], # what it leaves
     steps:int, # how long it trained
+    sizes:TokenizerConfig|None=None, # of a tokenizer, written beside its weights
 ) -> None:
     "Write a stage's weights, then the note that says that it is done."
+    if sizes: save_json(path / "tokenizer.json", config_to_dict(sizes))
     for name, module in weights.items(): save_tensors(path / f"{name}.safetensors", module.state_dict())
     save_json(path / "done.json", dict(steps=steps))
 
@@ -221,7 +226,7 @@ def train_tokenizer(
     n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
     towers, reader = load_teacher(out)
-    tokenizer = VisualTokenizer(TokenizerConfig.tiny()) if joint else load_tokenizer(out, "tokenizer")
+    tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored)) if joint else load_tokenizer(out, "tokenizer")
     module = LitTokenizer(tokenizer, towers, reader, text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
@@ -229,15 +234,16 @@ def train_tokenizer(
     show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look), tokenizer.grid(look), steps=1)])
     fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every)
     if joint: tokenizer.settle() # later stages and users see the codes of the weights that are saved
-    finish(path, dict(tokenizer=tokenizer), n)
+    finish(path, dict(tokenizer=tokenizer), n, tokenizer.cfg)
 
 def load_tokenizer(
     out:str|Path, # run folder
     stage:str="decoder", # "tokenizer" or "decoder": whose weights
 ) -> VisualTokenizer: # in evaluation mode
     "A run's tokenizer as a stage left it."
-    tokenizer = VisualTokenizer(TokenizerConfig.tiny())
-    load_weights(tokenizer, load_tensors(folder(out, stage) / "tokenizer.safetensors"))
+    path = folder(out, stage)
+    tokenizer = VisualTokenizer(config_from_dict(TokenizerConfig, load_json(path / "tokenizer.json")))
+    load_weights(tokenizer, load_tensors(path / "tokenizer.safetensors"))
     return tokenizer.eval()
 
 # %% ../../nbs/43_train.run.ipynb #1c59231d
@@ -248,7 +254,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder
@@ -268,10 +274,10 @@ def train_arm(
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
-    show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0)))
+    show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
     module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
-    mixtures = [Mixture() if w == "shapes" else Mixture.openmoji() for w in run.worlds]
-    fit(module, mixed_tokens(pools(run, tokenizer), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
+    mixtures = [Mixture.openmoji() if w == "openmoji" else Mixture.planned() if run.plan else Mixture() for w in run.worlds]
+    fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
     finish(path, dict(arm=model), n)
 
 # %% ../../nbs/43_train.run.ipynb #8ef1bec3
@@ -303,6 +309,6 @@ def assemble(
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
     load_weights(model, load_tensors(folder(out, "arm") / "arm.safetensors"))
     arm = Arm(load_tokenizer(out), model, text)
-    arm.card |= dict(name="arm-tiny-quick" if quick else "arm-tiny", command=f"arm train all{' --quick' if quick else ''}{changed}", run=config_to_dict(run))
+    arm.card |= dict(name="arm-tiny-quick" if quick else "arm-tiny", plan=run.plan > 0, command=f"arm train all{' --quick' if quick else ''}{changed}", run=config_to_dict(run))
     arm.save_pretrained(Path(out) / "model")
     return Path(out) / "model"
