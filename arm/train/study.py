@@ -218,7 +218,7 @@ STUDIES:dict[str, Study] = {
     "designs": Study(question="What do codes lose and gain when each sees its own patch only?", variants={
         "features, 2 blocks": Variant(), "features, no blocks": Variant(tokenizer=replace(published(), down_layer=0)), "features and pixels, 2 blocks": Variant(tokenizer=replace(published(), source="both")),
         "pixels, 2 blocks": Variant(tokenizer=replace(published(), source="patch")), "pixels, each patch alone": Variant(tokenizer=replace(published(), source="patch", down_dim=512, down_layer=0)),
-        "each patch alone, in stages": Variant(tokenizer=TokenizerConfig.tiny())}),
+        "each patch alone, in stages": Variant(tokenizer=TokenizerConfig.tiny()), "each patch alone, two views": Variant(tokenizer=replace(TokenizerConfig.tiny(), factored=True))}),
 }
 
 # %% ../../nbs/45_train.study.ipynb #476c1ac1
