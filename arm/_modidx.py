@@ -1216,6 +1216,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'arm/tokenizer/model.py'),
                                      'arm.tokenizer.model.Sketcher.forward': ( 'tokenizer.model.html#sketcher.forward',
                                                                                'arm/tokenizer/model.py'),
+                                     'arm.tokenizer.model.Sketcher.new_painter': ( 'tokenizer.model.html#sketcher.new_painter',
+                                                                                   'arm/tokenizer/model.py'),
                                      'arm.tokenizer.model.Sketcher.sketch': ( 'tokenizer.model.html#sketcher.sketch',
                                                                               'arm/tokenizer/model.py'),
                                      'arm.tokenizer.model.StagedProjection': ( 'tokenizer.model.html#stagedprojection',

@@ -88,10 +88,15 @@ class Sketcher(nn.Module):
         cfg:TokenizerConfig, # sizes; `stages` says how many channels each stage adds
     ):
         super().__init__()
-        n, d, act = 3 * cfg.patch_size**2, cfg.down_dim, lambda: nn.GELU(approximate="tanh")
         self.patch, self.sizes, self.n_channel = cfg.patch_size, cfg.stages, len(cfg.levels)
         self.register_buffer("levels", torch.tensor(cfg.levels), persistent=False)
-        self.painter = nn.Sequential(nn.Linear(self.n_channel + len(cfg.stages), 3 * d // 2), act(), nn.Linear(3 * d // 2, 3 * d // 2), act(), nn.Linear(3 * d // 2, n))
+
+    def new_painter(self,
+        dim:int, # width of the projection
+    ) -> nn.Sequential: # bits and the number of the stage to a patch
+        "The network behind `sketch`."
+        d, act = 3 * dim // 2, lambda: nn.GELU(approximate="tanh")
+        return nn.Sequential(nn.Linear(self.n_channel + len(self.sizes), d), act(), nn.Linear(d, d), act(), nn.Linear(d, 3 * self.patch**2))
 
     def sketch(self,
         codes:Tensor, # (..., Q) codes, zeros in the channels of later stages
@@ -119,6 +124,7 @@ class StagedProjection(Sketcher):
         n, d, act = 3 * cfg.patch_size**2, cfg.down_dim, lambda: nn.GELU(approximate="tanh")
         self.trunk = nn.Sequential(nn.Linear(n, d), act(), nn.LayerNorm(d))
         self.stages = nn.ModuleList([nn.Sequential(nn.Linear(d + n + self.n_channel, d), act(), nn.Linear(d, k)) for k in cfg.stages])
+        self.painter = self.new_painter(d)
 
     def staged(self,
         images:Tensor, # (B, 3, H, W) in [-1, 1]
@@ -144,6 +150,7 @@ class FactoredProjection(Sketcher):
     ):
         super().__init__(cfg)
         d, (first, *_), act = cfg.down_dim, cfg.stages, lambda: nn.GELU(approximate="tanh")
+        self.painter = self.new_painter(d)
         def trunk(n): return nn.Sequential(nn.Linear(n, d), act(), nn.LayerNorm(d), nn.Linear(d, d), act())
         self.drawing, self.colors = trunk(cfg.patch_size**2), trunk(palette(torch.zeros(3)).numel())
         self.stages = nn.ModuleList([nn.Sequential(nn.Linear(d + (self.n_channel - first) * (g > 0), d), act(), nn.Linear(d, k)) for g, k in enumerate(cfg.stages)])
