@@ -12,6 +12,7 @@ from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 
 from ..core import atomic_write
 from ..data.pictures import open_picture
@@ -64,13 +65,16 @@ def read_reply(
     return found if set(found) == set(RATINGS["legacy"]) else None
 
 # %% ../../nbs/57d_eval.wise.ipynb #f9345fd2
+_PARSING = Lock() # ast.parse in several threads fails now and then on CPython 3.11 (python/cpython issue 106905)
+
 def official_messages(
     script: str | Path, # gpt_eval.py or vllm_eval.py of the user's checkout
     meta: dict,         # the official fields of an item
     image: str,         # the picture as base64 of a PNG
 ) -> list[dict]: # chat messages in OpenAI's form
     "The official question, read from the official script without running it."
-    tree = ast.parse(existing(script, "WISE's gpt_eval.py or vllm_eval.py").read_text(encoding="utf-8"))
+    words = existing(script, "WISE's gpt_eval.py or vllm_eval.py").read_text(encoding="utf-8")
+    with _PARSING: tree = ast.parse(words)
     def fill(n):
         match n:
             case ast.Constant(): return n.value
