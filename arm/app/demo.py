@@ -163,11 +163,11 @@ def before_and_after(before: Arm, # the model that training went on from
     changed = [m.decode(m.edit_codes(codes, [e.instruction for _, e in edits], temperature=1., seed=seed)) for m in (before, after)]
     def case(words, shown, a, b, judge, kind):
         was, now = judge(a), judge(b)
-        why = f"before: {'right' if was.ok else '; '.join(was.reasons[:2])}" + ("" if now.ok else f". After: {'; '.join(now.reasons[:2])}")
+        why = f"the model before: {'right too' if was.ok else 'wrong, ' + '; '.join(was.reasons[:2])}" + ("" if now.ok else f". After: {'; '.join(now.reasons[:2])}")
         return Case(words, [*shown, ("before", to_pil(a)), ("after", to_pil(b))], ok=now.ok, reason=why, kind=kind)
     made = [case(c.text, [], a, b, lambda x: judge_caption(x, c), c.category.replace("_", " ")) for (_, c), a, b in zip(items, *drawn)]
     edited = [case(e.instruction, [("source", to_pil(render(s)))], a, b, lambda x: judge_edit(x, s, e), e.kind) for (s, e), a, b in zip(edits, *changed)]
-    how = f"Both at temperature 1 with the same seeds; before is {before.card['name']}, after is {after.card['name']}. Counted is the model after."
+    how = f"Both at temperature 1 with the same seeds; before is {before.card['name']}, after is {after.card['name']}. The score counts the model after."
     return [Section("Before and after: words to pictures", how, made), Section("Before and after: edits", how, edited)]
 
 def demo_report(model: Arm, # any model

@@ -71,7 +71,7 @@ NAMES = dict(loss="loss of all labelled tokens", text="loss of words", visual="l
              sketch="sketch of the picture", palette="palette", structure="structure", reward="reward", kl="KL divergence from the start", entropy="entropy of drawn codes", t2i_strict="captions drawn right", edit_strict="edits done right",
              live_samples="samples that teach something", clip_fraction="share of clipped ratios", policy_loss="policy loss", drift="drift from the start")
 FIRST = ("loss", "text", "visual", "sig", "cap", "pix", "feat", "sketch", "palette", "structure", "reward", "t2i_strict", "edit_strict", "kl", "entropy", "live_samples") # shown; others are folded away
-WORDS = {"normal": "right", "higher": "wrong", "lower": "wrong", "short": "soft"} # style of a verdict
+WORDS = {"normal": "right", "higher": "wrong", "lower": "wrong", "noisy": "wrong", "short": "soft"} # style of a verdict
 
 def stages_of(
     runs: Sequence[Run], # one or several
@@ -156,8 +156,8 @@ def start_of(
 ) -> Model | None: # the nearest of the models that it came from, if one can be found
     "The model before the first phase."
     tuned, here = model.card.get("sft"), model.path.resolve()
-    told = [first.get("start") for held in (model.card["rl"], tuned) if isinstance(held, list) for first in held[:1] if isinstance(first, dict)]
-    names = [n for n in told if isinstance(n, str) and n == Path(n).name and n not in ("", ".", "..")] or ["tiny"]
+    starts = [first.get("start") for held in (model.card["rl"], tuned) if isinstance(held, list) for first in held[:1] if isinstance(first, dict)]
+    names = [n for n in starts if isinstance(n, str) and n == Path(n).name and n not in ("", ".", "..")] or ["tiny"]
     for name in names: # before reinforcement, else before fine-tuning
         near = [m for r in runs for m in r.models if m.path.resolve().name == name and m.path.resolve() != here]
         beside = (read_model(p, name) for p in (here.parent / name, DATA / "models" / name) if p.is_dir() and p.resolve() != here)

@@ -206,14 +206,14 @@ class Run:
     notes: list[str]      # what was wrong, all parts together
     fields: dict = field(default_factory=dict) # settings known of the run: "worlds", "seed", ...
 
-def _folders(path: Path, depth: int = 3) -> list[Path]:
-    "A folder and those below it, at most 500."
+def _folders(path: Path, depth: int = 3) -> tuple[list[Path], list[str]]:
+    "A folder and those below it, at most 500, and a note if there are more."
     out, level = [path], [path]
     for _ in range(depth):
         level = [p for f in level for p in sorted(f.iterdir()) if p.is_dir() and not p.is_symlink() and not re.fullmatch(r"log[0-9]*|\..*|checkpoints?", p.name)]
         out += level
         if len(out) > 500: break
-    return out[:500]
+    return out[:500], ["more than 500 folders: the rest was not looked at"] * (len(out) > 500)
 
 def read_run(
     path: str | Path, # a run, a stage of one, or a model folder
@@ -221,7 +221,7 @@ def read_run(
     "A run, or a `ValueError` if there is none."
     title, path = told(str(path), 200), Path(path)
     if not path.is_dir(): raise ValueError(f"{title} is no folder; name one that a training wrote, such as runs/tiny")
-    try: folders = _folders(path)
+    try: folders, many = _folders(path)
     except OSError as e: raise ValueError(f"{title} cannot be looked through ({told(e)}); choose a folder that you can read") from e
     named = [(f, str(f.relative_to(path)) if f != path else path.resolve().name) for f in folders]
     stages = [s for s in (read_stage(*f) for f in named) if s]
@@ -232,7 +232,7 @@ def read_run(
     facts, note = next((f for f in (read_facts(p / "run.json") for p in (path, path.resolve().parent)) if f[0] or f[1]), ({}, ""))
     starts = [s for s in facts.get("starts", []) if isinstance(s, dict)] if isinstance(facts.get("starts", []), list) else []
     scores = next((m.scores for m in reversed(models) if m.scores), {}) | scores
-    notes += [note] if note else []
+    notes += many + ([note] if note else [])
     notes += [f"{p.name}: {n}" for p in (*stages, *models) for n in p.notes]
     fields = [m.card["run"] for m in models if isinstance(m.card.get("run"), dict)] + [s["settings"] for s in starts if isinstance(s.get("settings"), dict)]
     return Run(title, path, stages, models, starts, scores, notes, {k: v for f in fields for k, v in f.items()})

@@ -24,7 +24,7 @@ from .shapes import QA
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #96d9da23
 EDIT_KINDS = ("tone_base", "tone_tone", "gender", "gender_neutral", "hair", "direction", "colour", "clock", "keycap", "moon", "attribute", "line_art")
-CLOSED_KINDS = ("hair", "direction", "colour", "clock", "keycap", "moon")  # families whose pictures are all seen: 12% of their pairs are held out
+CLOSED_KINDS = ("hair", "direction", "colour", "clock", "keycap", "moon")  # kinds in which 12% of the pairs of seen pictures are held out
 
 @dataclass(frozen=True)
 class Pair:
@@ -146,7 +146,7 @@ def instruction(
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #c57a9168
 class DerivedPairs:
-    "Edit pairs with invented skin palettes, drawn lazily: there are hundreds of thousands, all of them training data."
+    "Edit pairs with invented skin palettes, drawn lazily: there are tens of thousands, all of them training data."
     def __init__(self,
         om:OpenMoji, # from `load_openmoji`
     ):

@@ -8,7 +8,7 @@ __all__ = ['spell', 'caption_plan', 'edit_plan', 'evidence']
 # %% ../../nbs/10d_data.shapeplans.ipynb #dae84f2c
 from .shapes import QA, Obj, Scene, place_name
 from .shapetasks import Edit
-from .shapetext import Caption, full_caption, noun_phrase
+from .shapetext import RELATIONS, Caption, full_caption, holds, noun_phrase
 
 # %% ../../nbs/10d_data.shapeplans.ipynb #4e6c5cc2
 def spell(
@@ -46,6 +46,7 @@ def edit_plan(
 def evidence(
     scene: Scene, # what is seen
     qa: QA,       # a question from `questions`
-) -> str:         # the objects that the answer rests on, in full; "nothing" where none fits
+) -> str:         # the objects that the answer rests on, in full, "nothing" where none fits; of two, also how the first lies to the second
     "What an answer rests on."
-    return spell(scene, qa.about)
+    if qa.kind != "relation": return spell(scene, qa.about)
+    return f"{spell(scene, qa.about)}; {', '.join(r for r in RELATIONS if holds(qa.about[0], r, qa.about[1]))}"

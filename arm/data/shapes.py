@@ -45,7 +45,7 @@ class Obj:
         for name, value, legal in (("shape", self.shape, SHAPES), ("color", self.color, COLORS), ("size", self.size, SIZES)):
             if value not in legal: raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(legal)}")
         if not (abs(self.dy) <= 4 and abs(self.dx) <= 4):
-            raise ValueError(f"offset ({self.dy}, {self.dx}) px leaves the cell; keep both within -4 to 4")
+            raise ValueError(f"offset ({self.dy}, {self.dx}) px leaves the cell; keep both within -4 to 4, and within -2 to 2 for a large object that is not to be cut off")
 
 # %% ../../nbs/10_data.shapes.ipynb #256de397
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def caption(
     rng: Random,                 # chooses category, order, attributes that stay unsaid, and wording
     category: str | None = None, # one of `categories(scene)`; None draws one
 ) -> Caption:                    # true of the scene, with exact counts
-    "Describe a scene in one of GenEval's six categories, or as a whole (categories: GenEval, table 1)."
+    "Describe a scene in one of GenEval's six categories, or as a whole (categories: GenEval, sec. 3)."
     fitting = categories(scene)
     category = category or rng.choice(fitting)
     if category not in fitting:
@@ -169,7 +169,7 @@ _ITEM = re.compile(f"(?:(?:(?:in|at) the )?(?P<before>{_PLACE}):? )?(?:(?P<count
 def _item(text):
     "The constraint that a noun phrase states, or None."
     found = _ITEM.fullmatch(text.strip())
-    if not found: return None
+    if not found or found["before"] and found["after"]: return None
     get, count = found.groupdict(), found["count"] or "one"
     return {"shape": get["noun"] if get["noun"] in SHAPES else None, "color": get["color"], "size": get["size"],
             "place": get["before"] or get["after"], "count": 1 if count in ("a", "an") else NUMBERS.index(count)}
@@ -191,4 +191,4 @@ def describes(
 ) -> bool:        # True when all objects are there with size, colour, shape and place, in any order
     "Whether a text states a whole scene, no more and no less."
     spec, key = parse_caption(text), lambda w: str(sorted(w.items()))
-    return spec is not None and sorted(spec["objects"], key=key) == sorted(parse_caption(full_caption(scene))["objects"], key=key)
+    return spec is not None and spec["relation"] is None and sorted(spec["objects"], key=key) == sorted(parse_caption(full_caption(scene))["objects"], key=key)

@@ -36,7 +36,7 @@ class Gallery:
 
 def gallery(
     om: OpenMoji,        # from `load_openmoji`
-    lines: bool = False, # add the line drawings, 0.4 times as many again
+    lines: bool = False, # add the line drawings
 ) -> Gallery:            # one entry per distinct picture
     "All distinct true pictures, ready for comparison."
     ids = torch.tensor(om.ids(distinct=True) + (om.ids(kind="line", distinct=True) if lines else []))

@@ -92,10 +92,12 @@ def judged_drawings(
     cases: list[tuple[Scene, Caption]], # what to draw
     temperature: float,                 # of the drawing; 0 is greedy
     seed: int = 0,                      # item i draws from seed + i
+    *,
+    guide: dict | None = None,          # scales for `imagine_codes`, such as dict(cfg_scale=2.); None is no guidance
 ) -> list[Verdict]:                     # one per caption
     "Text to image, read back and compared with the caption."
     grids = [(s.rows * CELL // arm.patch, s.cols * CELL // arm.patch) for s, _ in cases]
-    codes = arm.imagine_codes([c.text for _, c in cases], grids, temperature=temperature, seed=seed)
+    codes = arm.imagine_codes([c.text for _, c in cases], grids, temperature=temperature, seed=seed, **(guide or {}))
     return [judge_caption(r, c) for r, (_, c) in zip(readings(pictures(arm, codes)), cases)]
 
 def judged_edits(
@@ -104,9 +106,11 @@ def judged_edits(
     codes: list,                     # of the sources, from `arm.encode`
     temperature: float,              # of the drawing; 0 is greedy
     seed: int = 0,                   # item i draws from seed + i
+    *,
+    guide: dict | None = None,       # scales and form for `edit_codes`; None is no guidance
 ) -> list[Verdict]:                  # one per edit
     "Edits, read back and compared with source and target."
-    made = arm.edit_codes(codes, [e.instruction for _, e in cases], temperature=temperature, seed=seed)
+    made = arm.edit_codes(codes, [e.instruction for _, e in cases], temperature=temperature, seed=seed, **(guide or {}))
     return [judge_edit(r, s, e) for r, (s, e) in zip(readings(pictures(arm, made)), cases)]
 
 # %% ../../nbs/52_eval.shapes.ipynb #61fffda5

@@ -110,7 +110,7 @@ class ImagePrompt:
         vocab: Vocab, # the id space
         keep: str = "full", # "full", "no_text", "no_image" or "none": which conditions stay
     ) -> list[int]: # BOS [source] text [h w ANS plan] BOI h w
-        "The prompt as ids, whole or with conditions left out; a plan is made from all conditions, and goes with any of them."
+        "The prompt as ids, whole or with conditions left out; a plan is made from all of them, so it is left out as soon as one is."
         if keep not in BRANCHES: raise ValueError(f"keep={keep!r}; choose one of {', '.join(BRANCHES)}.")
         source = [] if self.source is None or keep in ("no_image", "none") else image_ids(vocab, self.source, self.source_grid or self.grid)
         text = [] if keep in ("no_text", "none") else text_ids(vocab, self.text)

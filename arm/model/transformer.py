@@ -80,7 +80,7 @@ class ARM(nn.Module):
         self.text_head = None if cfg.tie_text_head else nn.Linear(cfg.dim, cfg.vocab.n_text, bias=False)
         self.visual_head = VisualHead(cfg)
         for n, p in self.named_parameters():
-            if p.ndim == 2: # .02 at Qwen's width, its own value; a branch's last layer smaller with depth (GPT-2)
+            if p.ndim == 2: # one over the root of the width (.017 at Qwen's, near its own .02); a branch's last layer smaller with depth (GPT-2)
                 nn.init.normal_(p, std=(cfg.dim * (2 * cfg.n_layer if n.endswith(("attn.out.weight", "ffn.down.weight")) else 1)) ** -.5)
             elif n.endswith("bias"): nn.init.zeros_(p)
         with torch.no_grad(): self.embed.text.weight[self.vocab.pad] = 0.

@@ -17,6 +17,7 @@ from ..core import config_to_dict, load_json, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL
 from ..data.shapetext import Caption
+from ..eval.guidance import distinct
 from ..eval.shapes import pictures, readings, shapes_items
 from ..eval.verifier import judge_caption
 from ..model.generate import Guidance
@@ -26,7 +27,7 @@ from .grpo import GRPOConfig
 from .loop import GuidanceMode, LitGRPO, Rollout
 from .prompts import Item, ShapesItems, mixed_items
 from .rewards import T2I_WEIGHTS, caption_reward, ink_reward
-from .study import distinct, understood
+from .study import understood
 from ..train.run import fit
 from ..train.study import Study, row_folder
 

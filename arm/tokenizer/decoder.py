@@ -130,7 +130,7 @@ class PixelDiT(nn.Module):
         "Predict the clean image from a noised one (x-prediction: images lie on a thin set, noise does not; arXiv 2511.13720)."
         p = self.cfg.patch_size
         grid = (x_t.shape[-2] // p, x_t.shape[-1] // p)
-        freq = 1000 * 1 / 10_000 ** (torch.arange(32, device=t.device) / 32)
+        freq = 1000 / 10_000 ** (torch.arange(32, device=t.device) / 32) # times from 0 to 1 count as 0 to 1000, as in DDPM
         emb = self.time(torch.cat([(t[:, None] * freq).sin(), (t[:, None] * freq).cos()], -1))[:, None]
         c = self.cond(cond)
         x = self.inp(patchify(x_t, p)) + c + sincos_2d(grid, self.cfg.dim, x_t.device)

@@ -104,7 +104,7 @@ def band_of(
 # %% ../../nbs/49_train.curves.ipynb #780fa704
 class Verdict(NamedTuple):
     "A curve against a band."
-    state: str        # "normal", "higher", "lower" or "short"
+    state: str        # "normal", "higher", "lower", "noisy" or "short"
     share: float      # of points inside the band; nan if there are too few to say
     since: int | None # step since when the smoothed curve is outside; None: it is inside, or was at times
     text: str         # the same in words
@@ -130,7 +130,9 @@ def judge_curve(
         word = "higher" if side[-1] > 0 else "lower"
         return Verdict(word, share, int(steps[last]), f"{word} than the band since step {int(steps[last]):,} ({share:.0%} of {len(steps)} points inside{alone})")
     if share >= .8: return Verdict("normal", share, None, f"normal: {share:.0%} of {len(steps)} points inside the band{alone}")
-    word = "higher" if (values > high).sum() > (values < low).sum() else "lower"
+    above, below = int((values > high).sum()), int((values < low).sum())
+    if max(above, below) <= 2 * min(above, below): return Verdict("noisy", share, None, f"outside the band on both sides: only {share:.0%} of {len(steps)} points inside{alone}")
+    word = "higher" if above > below else "lower"
     return Verdict(word, share, None, f"{word} than the band at times: only {share:.0%} of {len(steps)} points inside{alone}")
 
 # %% ../../nbs/49_train.curves.ipynb #42dbc6c4

@@ -30,7 +30,8 @@ def _as_process(target:Callable, rank:int, n:int, port:int, log:str, args:tuple)
 def _last_words(log:Path) -> str: return next((line.strip() for line in reversed(log.read_text().splitlines()) if line.strip()), "no word")
 
 # %% ../../nbs/47_train.processes.ipynb #1174c3da
-def run_processes(    target:Callable, # what each process does; with method "spawn" it must be importable
+def run_processes(
+    target:Callable, # what each process does; with method "spawn" it must be importable
     n:int, # processes on this machine
     out:str|Path, # folder of the run; process-0.log and so on are written here
     *args, # of `target`

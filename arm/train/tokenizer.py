@@ -146,7 +146,7 @@ def recolour_pixels(
     images:Tensor, # (B, 3, H, W) in [-1, 1]
     dice:Dice, # source of randomness
     strength:float=1., # log-range of the gammas
-) -> Tensor: # (B, 3, H, W): channels permuted and bent; white stays white, black stays black
+) -> Tensor: # (B, 3, H, W): channels permuted and bent; white stays white, black nearly black
     "The same drawing in other colours: a random permutation of the channels and a random gamma for each."
     n, rand = len(images), lambda *s: dice.rows(torch.rand, *s)
     p = torch.gather((images + 1) / 2, 1, rand(n, 3).argsort(1)[:, :, None, None].expand_as(images))
