@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import make_rng
-from ..data.shapes import BACKGROUND, CANVASES, CELL, Obj, render, sample_scene
+from ..data.shapes import BACKGROUND, CANVASES, CELL, render, sample_scene
 from ..data.shapetext import Caption, holds, sample_caption
 from .scores import share
 from .shapes import pictures
