@@ -79,7 +79,6 @@ class EditScales:
     form:str="nested" # "nested" or "additive", see `Guidance`
     text_scale:float=1. # 1 is none
     image_scale:float=1. # 1 is none
-    temperature:float=1. # of the drawing
     n:int=240 # edits, at least; equally many of each kind
 
     def shorter(self,
@@ -93,7 +92,7 @@ def edit_score() -> Callable[[Arm, EditScales, int], dict[str, float]]: # model,
     def judge(arm, point, seed):
         cases = shapes_items(point.n, seed).edits["val"]
         guide = dict(form=point.form, text_scale=point.text_scale, image_scale=point.image_scale)
-        got = judged_edits(arm, cases, arm.encode([render(s) for s, _ in cases]), point.temperature, seed, guide=guide)
+        got = judged_edits(arm, cases, arm.encode([render(s) for s, _ in cases]), 1., seed, guide=guide)
         return {k: sum(getattr(v, a) for v in got) / len(got) for k, a in (("right", "ok"), ("done", "instruction"), ("kept", "kept"))}
     return judge
 

@@ -7,17 +7,16 @@ __all__ = ['TRAINED', 'OTHERS', 'KINDS', 'mosaic', 'read_any', 'same_objects', '
 
 # %% ../../nbs/55b_eval.sizes.ipynb #9e862860
 from dataclasses import replace
-from itertools import permutations
 from random import Random
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core import make_rng
 from ..data.shapes import BACKGROUND, CANVASES, CELL, render, sample_scene
-from ..data.shapetext import Caption, holds, sample_caption
+from ..data.shapetext import Caption, sample_caption
 from .scores import share
 from .shapes import pictures
-from .verifier import NEAR, Reading, parse_batch
+from .verifier import Reading, _same, missing, parse_batch
 from ..model.tasks import Arm
 
 # %% ../../nbs/55b_eval.sizes.ipynb #3cd82b55
@@ -57,20 +56,15 @@ def same_objects(
     a:Reading, # of one picture
     b:Reading, # of another
 ) -> bool: # no faults, and the same objects in the same cells
-    "Whether two readings of any size agree, as `judge_scene` does for the world's canvases."
-    of = {(o.row, o.col): o for o in b.objs}
-    def alike(o, p): return p is not None and (o.shape, o.color, o.size) == (p.shape, p.color, p.size) and (o.dy - p.dy)**2 + (o.dx - p.dx)**2 <= NEAR**2
-    return not (a.faults or b.faults) and len(a.objs) == len(b.objs) > 0 and all(alike(o, of.get((o.row, o.col))) for o in a.objs)
+    "Whether two readings of any size agree, as `judge_scene` says it for the world's canvases."
+    return not (a.faults or b.faults) and len(a.objs) == len(b.objs) > 0 and all(any(_same(o, p) for p in b.objs) for o in a.objs)
 
 def meets(
     seen:Reading, # of a picture of any size
     caption:Caption, # without places
 ) -> bool: # all objects are there, and no others
     "Whether a picture shows what its caption says."
-    wants, relation = [w for w in caption.spec["objects"] for _ in range(w["count"])], caption.spec["relation"]
-    if seen.faults or len(seen.objs) != len(wants): return False
-    fits = lambda objs: all(w[k] in (None, getattr(o, k)) for o, w in zip(objs, wants) for k in ("shape", "color", "size"))
-    return any(fits(objs) and (not relation or holds(objs[relation[0]], relation[1], objs[relation[2]])) for objs in permutations(seen.objs))
+    return not seen.faults and not missing(seen, caption.spec)
 
 # %% ../../nbs/55b_eval.sizes.ipynb #2c4b820c
 KINDS = ("single_object", "two_objects", "counting", "colors", "color_binding") # captions that name no place

@@ -143,7 +143,7 @@ def _reading(image):
 
 # %% ../../nbs/50_eval.verifier.ipynb #265a15d0
 def missing(
-    scene: Scene, # what is there
+    scene: Scene | Reading, # what is there
     spec: dict,   # what is wanted: `Caption.spec`, or `parse_caption` of free text
 ) -> list[str]:   # empty when the scene meets the spec
     "Why a scene does not meet a caption's claims, for the assignment of objects to claims that fits best."
@@ -153,7 +153,8 @@ def missing(
     for objs in permutations(scene.objs):
         wrong = []
         for o, w in zip(objs, wants):
-            has = {"shape": o.shape, "color": o.color, "size": o.size, "place": place_name(scene.rows, scene.cols, o.row, o.col)}
+            has = {"shape": o.shape, "color": o.color, "size": o.size}
+            if w["place"]: has["place"] = place_name(scene.rows, scene.cols, o.row, o.col) # only the world's canvases have names for places
             if bad := [k for k in has if w[k] not in (None, has[k])]:
                 wrong.append(", ".join(f"{k} {has[k]} instead of {w[k]}" for k in bad) + f": {_say(o)}")
         if spec["relation"]:
