@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stable_hash', 'make_rng', 'make_generator', 'seeded', 'atomic_path', 'atomic_write', 'save_json', 'load_json',
            'save_tensors', 'load_tensors', 'load_metadata', 'load_weights', 'count_parameters', 'config_to_dict',
-           'config_from_dict', 'pick_device', 'to_float', 'to_uint8', 'to_pil']
+           'config_from_dict', 'pick_device', 'pick_precision', 'to_float', 'to_uint8', 'to_pil']
 
 # %% ../nbs/00_core.ipynb #5c5416b2
 import dataclasses, difflib, hashlib, json, os, random, secrets, types, typing
@@ -199,6 +199,17 @@ def pick_device(name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"; "a
         or device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count())
     if not here: raise ValueError(f"device {name!r} is not available here; take auto, or cpu, which always works")
     return device
+
+# %% ../nbs/00_core.ipynb #8488fbb7
+def pick_precision(name: str = "auto", # Lightning's name, or "auto"
+                   ) -> str: # Lightning's name: "bf16-mixed", "32-true", ...
+    "How to multiply while training: in bfloat16 only where the hardware does it."
+    known = ("bf16-mixed", "16-mixed", "32-true", "64-true", "bf16-true", "16-true")
+    if name in known: return name
+    if name != "auto": raise ValueError(f"precision {name!r} is unknown; take auto, or one of {', '.join(known)}")
+    if torch.cuda.is_available(): return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    able = getattr(torch.cpu, "get_capabilities", dict)() # names of the instructions, by torch's own reading
+    return "bf16-mixed" if torch.backends.mkldnn.is_available() and any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "32-true"
 
 # %% ../nbs/00_core.ipynb #42cdc8aa
 def to_float(images: Tensor, # (..., 3, H, W) uint8, 0 to 255; floats pass unchanged

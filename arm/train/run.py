@@ -16,7 +16,7 @@ import lightning as L, torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from ..core import atomic_path, config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, save_json, save_tensors, to_pil
+from ..core import atomic_path, config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_precision, save_json, save_tensors, to_pil
 from ..data.openmoji import load_openmoji
 from ..data.text import default_tokenizer
 from ..model.tasks import Arm
@@ -123,7 +123,7 @@ def fit(
     *,
     samples:Callable[[], torch.Tensor]|None=None, # pictures to look at while it trains
     every:int=250, # steps between checkpoints
-    precision:str="bf16-mixed", # Lightning's name
+    precision:str="auto", # Lightning's name, see `pick_precision`
     devices:int|str=1, # processes
     strategy:str="auto", # Lightning's name
     num_workers:int=0, # processes that prepare batches
@@ -134,7 +134,7 @@ def fit(
     keep = ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
     calls = [keep] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
     starts = len(list(out.glob("log*")))
-    trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator="auto" if torch.cuda.is_available() else "cpu", devices=devices, strategy=strategy, precision=precision,
+    trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator="auto" if torch.cuda.is_available() else "cpu", devices=devices, strategy=strategy, precision=pick_precision(precision),
         logger=CSVLogger(out, name="", version=f"log{starts or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=not quiet(), num_sanity_val_steps=0)
     last = out / "last.ckpt"
