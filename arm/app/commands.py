@@ -138,6 +138,20 @@ def _add_shards(command):
     p.add_argument("--samples", type=number(int, 1, 10**7), default=1000, metavar="N", help="rows of the source per shard (default 1000)")
     p.add_argument("--codes", metavar="DIR", help="store the codes of this model's picture tokenizer in place of pictures")
 
+# %% ../../nbs/91z_app.commands.ipynb #13388fe9
+def _bench(args):
+    file = args.json and writable(args.json)
+    from arm.app.speed import bench, bench_table, save_bench
+    outcomes = bench(args.names, args.repeats, say=lambda line: print(line, file=sys.stderr))
+    print(bench_table(outcomes))
+    if file: print(f"wrote {save_bench(file, outcomes)}")
+
+def _add_bench(command):
+    p = command("bench", _bench, "races against other libraries on this machine, in turns, with equal results", ["", "generation guidance --repeats 3", "--json bench.json"])
+    p.add_argument("names", nargs="*", metavar="RACE", help="generation, batch, memory, guidance, training, peak, loss or encoding (default: all)")
+    p.add_argument("--repeats", type=number(int, 1, 1000), default=5, metavar="N", help="turns that count (default 5)")
+    p.add_argument("--json", metavar="FILE", help="write the outcomes to this file too")
+
 # %% ../../nbs/91z_app.commands.ipynb #91bb85b7
 def _weights(args):
     from arm.app.weights import report
@@ -152,4 +166,4 @@ def _add_weights(command):
     p.add_argument("--load", action="store_true", help="load it as training does, and use it once")
 
 # %% ../../nbs/91z_app.commands.ipynb #ca7abf35
-COMMANDS = (_add_eval, _add_study, _add_recipe, _add_plan, _add_score, _add_report, _add_shards, _add_weights)  # what `build_parser` walks through
+COMMANDS = (_add_eval, _add_study, _add_recipe, _add_plan, _add_score, _add_report, _add_shards, _add_weights, _add_bench)  # what `build_parser` walks through

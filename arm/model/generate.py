@@ -229,12 +229,13 @@ def text_batch(
     "All answers in one batch; it stops when the last one has ended."
     v, device = model.vocab, model.text_weight.device
     u = uniforms(seeds, max_new, device) if sampling.temperature > 0 else torch.zeros(len(seeds), max_new, device=device)
-    decoder = Decoder(model, prompts, 1, max_new - 1)
+    decoder, head = Decoder(model, prompts, 1, max_new - 1), model.text_weight[:v.n_legal_text].T
+    if device.type == "cpu": head = head.contiguous() # as in `by_columns`
     ids = torch.full((len(prompts), max_new), v.eos, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for i in range(max_new):
         if i: decoder.feed(ids[:, i - 1])
-        logits = decoder.hidden @ model.text_weight[:v.n_legal_text].T
+        logits = decoder.hidden @ head
         ids[:, i] = torch.where(done, v.eos, draw(logits.float(), u[:, i], sampling))
         done |= ids[:, i] >= v.text_size
         if done.all(): break

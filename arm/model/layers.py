@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMConfig', 'check_config', 'FusedRMSNorm', 'RMSNorm', 'FusedSwiGLU', 'SwiGLU', 'Embedding', 'GroupLogits',
-           'VisualHead']
+           'VisualHead', 'by_columns']
 
 # %% ../../nbs/31a_model.layers.ipynb #2e0a4bb2
 from collections.abc import Callable
@@ -236,3 +236,12 @@ class VisualHead(GroupLogits):
             parts.append(choose(self.logits(h, [p.expand(h.shape[:-1]) for p in parts]).float(), g))
             code = code + (parts[-1] << (g * self.bits))
         return code
+
+# %% ../../nbs/31a_model.layers.ipynb #fd17f49d
+def by_columns(
+    model: nn.Module, # any, on a CPU; elsewhere it stays as it is
+) -> nn.Module: # the same
+    "Store the weights of its linear layers column by column."
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m.weight.device.type == "cpu" and m.weight.is_contiguous(): m.weight.data = m.weight.data.T.contiguous().T
+    return model

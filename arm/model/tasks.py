@@ -16,6 +16,7 @@ from ..core import config_from_dict, config_to_dict, load_json, load_tensors, lo
 from ..data.pictures import fit_picture, open_picture
 from ..data.text import TextTokenizer
 from .generate import Guidance, Sampling, generate_images, generate_text, write_plans
+from .layers import by_columns
 from .sequence import ImagePrompt, qa_prompt
 from .transformer import ARM, ARMConfig
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
@@ -104,7 +105,7 @@ class ArmFolder(ArmBase):
         for name, part in (("tokenizer", tokenizer), ("arm", model)):
             file = cls._file(path, config, f"{name}.safetensors")
             load_weights(part, load_tensors(file), source=file)
-        return cls(tokenizer, model, TextTokenizer.from_file(cls._file(path, config, "text.json")), config["card"]).to(device)
+        return cls(tokenizer, by_columns(model), TextTokenizer.from_file(cls._file(path, config, "text.json")), config["card"]).to(device)
 
     @staticmethod
     def _file(path, config, name):
