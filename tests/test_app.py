@@ -206,6 +206,23 @@ def test_refuses_files_and_requests_that_are_too_large(url, visitor):
     alive(visitor)
 
 
+@pytest.mark.parametrize("name", ["../../../evil.png", "/etc/evil.png", "x"*300 + ".png", "плохое имя 🙂.png", "..", "a\\b.png", ".htaccess"])
+def test_names_of_files_lead_nowhere(name, url, visitor):
+    answer = upload(url, name, encoded(RIGHT, "PNG"))
+    if answer.status_code == 200:
+        path = Path(answer.json()[0])
+        assert path.resolve().is_relative_to(Path(demo.need_gradio().utils.get_upload_folder()).resolve())
+        assert post(url, "reconstruct", dict(path=str(path), orig_name=name, meta=META))["success"]
+    alive(visitor)
+
+
+@pytest.mark.parametrize("name", ["script.svg", "page.html"])
+def test_a_script_is_kept_and_not_shown(name, url):
+    path = upload(url, name, HOSTILE[name][0]).json()[0]
+    answer = httpx.get(f"{url}gradio_api/file={path}")
+    assert answer.status_code in (403, 404) or answer.headers["content-disposition"].startswith("attachment")
+
+
 def test_opens_no_file_but_uploads_and_fetches_nothing(url, visitor, model):
     for file, says in ((dict(path=str(model/"config.json"), meta=META), None), (dict(path=str(model/"config.json")), None), (dict(path="../../etc/hostname", meta=META), None),
                        (dict(path="https://example.com/x.png", meta=META), "fetches nothing"), (dict(path=None, url="data:image/png;base64,AAAA", meta=META), "no picture"), (None, "no picture")):
@@ -214,7 +231,7 @@ def test_opens_no_file_but_uploads_and_fetches_nothing(url, visitor, model):
     alive(visitor)
 
 
-@pytest.mark.parametrize("change, says", [(dict(text=" "), "empty"), (dict(text="red "*400), "shorten"), (dict(text="円"*100_000), "shorten"), (dict(text=None), "empty"), (dict(text=7), "empty"), (dict(size="5x5"), "size"), (dict(size=None), "size"), (dict(n=10**6), "n '"),
+@pytest.mark.parametrize("change, says", [(dict(text=" "), "empty"), (dict(text="red "*400), "shorten"), (dict(text="円"*100_000), "shorten"), (dict(text=None), "empty"), (dict(text=7), "empty"), (dict(size="5x5"), "size"), (dict(size=None), "size"), (dict(size=[1]), "size"), (dict(n=10**6), "n '"),
                                           (dict(n=0), "n '"), (dict(n=None), "n '"), (dict(seed=-1), "seed"), (dict(seed="x"), "seed"), (dict(seed=1e99), "seed"), (dict(seed=[1]), "seed"), (dict(temperature="warm"), "temperature"), (dict(temperature=-1), "temperature"),
                                           (dict(scale={}), "text_scale")])
 def test_refuses_impossible_values_in_words(change, says, url):
@@ -252,8 +269,12 @@ def test_who_leaves_does_not_keep_the_others_waiting(url, visitor, fed):
                 for line in events.iter_lines():
                     if "process_generating" in line: return seen.append(1)
     leave()
-    alive(visitor)
     assert seen
+    time.sleep(1.5)
+    then = len(fed)
+    time.sleep(.5)
+    assert len(fed) == then < 30, "the model goes on for nobody"
+    alive(visitor)
 
 
 def test_a_full_queue_says_so_and_drains(arm, folder, fed, monkeypatch):

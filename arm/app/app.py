@@ -55,7 +55,7 @@ class Door:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
         said, seen = dict(scope["headers"]).get(b"content-length", b"0"), 0
-        if not said.isdigit() or int(said) > self.most:
+        if not said.isdigit() or len(said) > 12 or int(said) > self.most:
             await send(dict(type="http.response.start", status=413, headers=[(b"content-type", b"text/plain")]))
             return await send(dict(type="http.response.body", body=f"at most {self.most:,} bytes are read; send less".encode()))
         async def counted():
@@ -128,7 +128,7 @@ def _imagine(p: _Parts, made):
         with gr.Column(): *out, note = p.results()
     def run(text, size, n, seed, heat, scale, plan):
         with in_words(gr):
-            if size not in p.sizes: raise ValueError(f"size {str(size)[:20]!r} is none that the model was trained on; choose one of {', '.join(p.sizes)}")
+            if str(size) not in p.sizes: raise ValueError(f"size {str(size)[:20]!r} is none that the model was trained on; choose one of {', '.join(p.sizes)}")
             yield from p.show(Wish(text=text, grid=p.sizes[size], n=n, seed=seed, temperature=heat, text_scale=scale, plan=bool(plan)))
     p.wire(start, stop, run, asked, [*out, note, made], note, "imagine")
 
@@ -262,7 +262,7 @@ def open_app(model: str | Path, # model folder
     arm = load_model(model, device)
     if share or not is_local(host): print(f"note: {'a public address' if share else host} lets anyone who reaches it use the app and this machine's time; there is no password", file=sys.stderr)
     with TemporaryDirectory() as folder:
-        say("choosing held-out examples ...")
+        say("choosing held-out examples (the first time, OpenMoji is drawn and kept) ...")
         app = build_app(arm, examples(folder, arm.card.get("run", {}).get("worlds", ["shapes", "openmoji"])), seed=seed)
         try:
             say(f"arm app: open {serve(app, host=host, port=port, share=share)} (Ctrl-C ends it)")

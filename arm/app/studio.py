@@ -153,7 +153,7 @@ def ask(arm: Arm, # any model
         question: str, # about it; empty: describe it
         ) -> str: # the answer
     "Answer, or describe."
-    question = (question or "").strip() or DESCRIBE
+    question = str(question or "").strip() or DESCRIBE
     if len(question) > MAX_CHARS: raise ValueError(f"a question of {len(question):,} characters; at most {MAX_CHARS:,} are read: shorten it")
     return arm.answers([seen.codes], [question])[0]
 
