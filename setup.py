@@ -8,7 +8,7 @@ settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(here/"settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 readme = here/"README.md"
-flux, data, parquet = (cfg[f"{k}_requirements"].split() for k in ("flux", "data", "parquet"))
+flux, data, parquet, app = (cfg[f"{k}_requirements"].split() for k in ("flux", "data", "parquet", "app"))
 
 setup(
     name=cfg["lib_name"],
@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["arm", "arm.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"flux": flux, "data": data, "parquet": parquet, "dev": cfg["dev_requirements"].split() + flux + data},  # the tests paint with tiny random painters and write shards
+    extras_require={"flux": flux, "data": data, "parquet": parquet, "app": app, "dev": cfg["dev_requirements"].split() + flux + data + app},  # the tests paint with tiny random painters, write shards and visit the demo
     entry_points={"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": cfg["lmms_models"].split()},  # lmms-eval finds the model by itself
     zip_safe=False,
 )

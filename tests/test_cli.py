@@ -406,7 +406,7 @@ def test_a_study_goes_on_and_a_finished_one_is_left_alone(here, monkeypatch):
 
 # ---- help, scores, demo -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score", "recipe"])
+@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score", "recipe", "app"])
 def test_help_has_examples(command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
@@ -415,11 +415,11 @@ def test_help_has_examples(command):
 def test_help_lists_all_commands():
     for argv in (["--help"], []):
         code, out, _ = run(*argv)
-        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe"))
+        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "app"))
 
 
 def test_help_waits_for_no_library():
-    code = "import sys; from arm.app.cli import main; main(['imagine', '--help']); sys.exit(bool({'torch', 'numpy', 'PIL', 'lightning'} & set(sys.modules)))"
+    code = "import sys; from arm.app.cli import main; main(['imagine', '--help']); sys.exit(bool({'torch', 'numpy', 'PIL', 'lightning', 'gradio'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

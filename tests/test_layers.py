@@ -12,6 +12,7 @@ ONLY_IN = {  # library: the modules that may import it, as patterns
     "matplotlib": r"arm\.show",
     "transformers": r"arm\.tokenizer\.siglip|arm\.tokenizer\.towers|arm\.data\.text|arm\.model\.hub",
     "diffusers": r"arm\.tokenizer\.flux",
+    "gradio": r"arm\.app\.app",
     "IPython": r"-",
     "fastcore": r"-",
     "nbdev": r"-",

@@ -86,7 +86,6 @@ def _add_plan(command):
     p.add_argument("--tp", type=number(int, 1, 2**20), default=4, metavar="N", help="size of a tensor-parallel group (default 4)")
     p.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
 
-# %% ../../nbs/91z_app.commands.ipynb #e458d0ee
 def _recipe(args):
     out = writable(args.out, kind="folder")
     from arm.rl.recipe import grpo_recipe
@@ -138,6 +137,17 @@ def _add_shards(command):
     p.add_argument("--samples", type=number(int, 1, 10**7), default=1000, metavar="N", help="rows of the source per shard (default 1000)")
     p.add_argument("--codes", metavar="DIR", help="store the codes of this model's picture tokenizer in place of pictures")
 
+# %% ../../nbs/91z_app.commands.ipynb #454de2fe
+def _app(args):
+    from arm.app.app import open_app
+    open_app(args.model, device=args.device, host=args.host, port=args.port, share=args.share == "yes", seed=args.seed, say=lambda line: print(line, flush=True))
+
+def _add_app(command):
+    p = command("app", _app, "imagine, edit, ask, reconstruct and look inside, in a browser", ["", "--port 8000 --model runs/tiny/model", "--host 0.0.0.0"], "seed", "model")
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=number(int, 1, 65_535), metavar="N", help="port to listen on (default: the first free one from 7860)")
+    p.add_argument("--share", choices=("no", "yes"), default="no", help="yes: a public address through the servers of Gradio's makers (default no)")
+
 # %% ../../nbs/91z_app.commands.ipynb #13388fe9
 def _bench(args):
     file = args.json and writable(args.json)
@@ -165,5 +175,5 @@ def _add_weights(command):
     p.add_argument("--any-size", action="store_true", help="a model of your own in the same layout: do not compare the number of parameters")
     p.add_argument("--load", action="store_true", help="load it as training does, and use it once")
 
-# %% ../../nbs/91z_app.commands.ipynb #ca7abf35
-COMMANDS = (_add_eval, _add_study, _add_recipe, _add_plan, _add_score, _add_report, _add_shards, _add_weights, _add_bench)  # what `build_parser` walks through
+# %% ../../nbs/91z_app.commands.ipynb #c5f468a1
+COMMANDS = (_add_eval, _add_study, _add_recipe, _add_plan, _add_score, _add_report, _add_shards, _add_weights, _add_app, _add_bench)  # what `build_parser` walks through

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'probabilities', 'draw', 'uniforms', 'seed_list', 'Decoder', 'code_places', 'Guidance', 'mixer',
-           'image_batch', 'in_dtype', 'generate_images', 'text_batch', 'generate_text', 'write_plans']
+           'image_steps', 'image_batch', 'in_dtype', 'generate_images', 'text_steps', 'text_batch', 'generate_text',
+           'plan_seeds', 'write_plans']
 
 # %% ../../nbs/33_model.generate.ipynb #7076ee89
-import copy
-from collections.abc import Callable
+import copy, math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,6 +162,27 @@ def mixer(
     return lambda logits: torch.einsum("r,rnv->nv", logits.new_tensor(w), logits)
 
 # %% ../../nbs/33_model.generate.ipynb #580fc0c5
+def image_steps(
+    model: ARM, # whose logits
+    prompts: list[ImagePrompt], # P prompts that have the same branches
+    copies: int, # G samples per prompt
+    sampling: Sampling, # temperature and filters
+    weights: dict[str, float], # branches and their shares, from `Guidance.weights`
+    seeds: list[int], # P*G
+) -> Iterator[Tensor]: # (P*G, i) codes so far, i = 1..N of the largest grid; smaller pictures are done earlier
+    "All samples of some prompts in one batch, all branches side by side, code by code."
+    v, R, device = model.vocab, len(weights), model.text_weight.device
+    grids = torch.tensor([p.grid for p in prompts], device=device).repeat_interleave(copies, 0) # (n,2)
+    N, mix, groups = int(grids.prod(-1).max()), mixer(weights), model.visual_head.groups
+    u = uniforms(seeds, N * groups, device).view(-1, N, groups) if sampling.temperature > 0 else torch.zeros(len(seeds), N, groups, device=device)
+    decoder = Decoder(model, [p.ids(v, keep) for keep in weights for p in prompts], copies, N - 1)
+    codes = torch.zeros(len(seeds), N, dtype=torch.long, device=device)
+    for i in range(N):
+        if i: decoder.feed((codes[:, i - 1] + v.visual_offset).repeat(R), code_places(grids, i - 1).repeat(R, 1))
+        h = decoder.hidden.unflatten(0, (R, -1)) # (R,n,D)
+        codes[:, i] = model.visual_head.sample(h, lambda logits, g: draw(mix(logits), u[:, i, g], sampling))
+        yield codes[:, :i + 1]
+
 def image_batch(
     model: ARM, # whose logits
     prompts: list[ImagePrompt], # P prompts that have the same branches
@@ -169,19 +191,9 @@ def image_batch(
     weights: dict[str, float], # branches and their shares, from `Guidance.weights`
     seeds: list[int], # P*G
 ) -> list[Tensor]: # P*G tensors (N,) of codes
-    "All samples of some prompts in one batch, all branches side by side."
-    v, R, device = model.vocab, len(weights), model.text_weight.device
-    grids = torch.tensor([p.grid for p in prompts], device=device).repeat_interleave(copies, 0) # (n,2)
-    sizes = grids.prod(-1).tolist()
-    N, mix, groups = max(sizes), mixer(weights), model.visual_head.groups
-    u = uniforms(seeds, N * groups, device).view(-1, N, groups) if sampling.temperature > 0 else torch.zeros(len(seeds), N, groups, device=device)
-    decoder = Decoder(model, [p.ids(v, keep) for keep in weights for p in prompts], copies, N - 1)
-    codes = torch.zeros(len(seeds), N, dtype=torch.long, device=device)
-    for i in range(N):
-        if i: decoder.feed((codes[:, i - 1] + v.visual_offset).repeat(R), code_places(grids, i - 1).repeat(R, 1))
-        h = decoder.hidden.unflatten(0, (R, -1)) # (R,n,D)
-        codes[:, i] = model.visual_head.sample(h, lambda logits, g: draw(mix(logits), u[:, i, g], sampling))
-    return [c[:n].cpu() for c, n in zip(codes, sizes)]
+    "The same, to the end."
+    for codes in image_steps(model, prompts, copies, sampling, weights, seeds): pass
+    return [c[:math.prod(prompts[k // copies].grid)].cpu() for k, c in enumerate(codes)]
 
 # %% ../../nbs/33_model.generate.ipynb #117f2f99
 def in_dtype(
@@ -219,14 +231,14 @@ def generate_images(
     return [c for i in range(len(prompts)) for c in out[i]]
 
 # %% ../../nbs/33_model.generate.ipynb #16a5fed0
-def text_batch(
+def text_steps(
     model: ARM, # whose logits
     prompts: list[list[int]], # prompts as ids
     max_new: int, # longest answer
     sampling: Sampling, # temperature and filters
     seeds: list[int], # one per prompt
-) -> list[list[int]]: # text ids of the answers
-    "All answers in one batch; it stops when the last one has ended."
+) -> Iterator[list[list[int]]]: # text ids of the answers so far
+    "All answers in one batch, id by id; it stops when the last one has ended."
     v, device = model.vocab, model.text_weight.device
     u = uniforms(seeds, max_new, device) if sampling.temperature > 0 else torch.zeros(len(seeds), max_new, device=device)
     decoder, head = Decoder(model, prompts, 1, max_new - 1), model.text_weight[:v.n_legal_text].T
@@ -238,8 +250,20 @@ def text_batch(
         logits = decoder.hidden @ head
         ids[:, i] = torch.where(done, v.eos, draw(logits.float(), u[:, i], sampling))
         done |= ids[:, i] >= v.text_size
+        yield [row[:next((k for k, t in enumerate(row) if t >= v.text_size), i + 1)] for row in ids[:, :i + 1].tolist()]
         if done.all(): break
-    return [row[:next((i for i, t in enumerate(row) if t >= v.text_size), max_new)] for row in ids.tolist()]
+
+def text_batch(
+    model: ARM, # whose logits
+    prompts: list[list[int]], # prompts as ids
+    max_new: int, # longest answer
+    sampling: Sampling, # temperature and filters
+    seeds: list[int], # one per prompt
+) -> list[list[int]]: # text ids of the answers
+    "The same, to the end."
+    said = [[] for _ in prompts]
+    for said in text_steps(model, prompts, max_new, sampling, seeds): pass
+    return said
 
 # %% ../../nbs/33_model.generate.ipynb #f012b7ab
 @torch.inference_mode()
@@ -262,6 +286,12 @@ def generate_text(
     return [out[i] for i in range(len(prompts))]
 
 # %% ../../nbs/33_model.generate.ipynb #81eba07c
+def plan_seeds(
+    seeds: list[int], # of the drawings
+) -> list[int]: # of their plans
+    "Seeds for the words before a picture: not the numbers that its codes are drawn with."
+    return [s + 2**40 for s in seeds]
+
 def write_plans(
     model: ARM, # whose logits
     prompts: list[ImagePrompt], # P prompts without a plan
@@ -273,6 +303,6 @@ def write_plans(
     batch_size: int = 256, # prompts that run at the same time
 ) -> list[ImagePrompt]: # the same prompts with the model's plans
     "Let the model say in words what it is about to draw."
-    seeds = [s + 2**40 for s in seed_list(seeds, len(prompts))] # not the numbers that the codes are drawn with
+    seeds = plan_seeds(seed_list(seeds, len(prompts)))
     said = generate_text(model, [p.plan_ids(model.vocab) for p in prompts], max_new=max_new, sampling=sampling, seeds=seeds, dtype=dtype, batch_size=batch_size)
     return [replace(p, plan=plan) for p, plan in zip(prompts, said)]

@@ -232,10 +232,11 @@ def examine(
     codes: Tensor, # (N,) codes of the picture
     grid: tuple[int, int], # its (h, w)
     *, source: tuple[Tensor, tuple[int, int]] | None = None, # codes and grid of the picture that was edited; None: there was none
+    plan: list[int] | None = None, # ids of the words that were written before it was drawn; None: it was drawn at once
     cell: int = 32, # px of a patch in the maps
 ) -> Peek: # ready to show
     "How sure a model is of every patch of a picture, and how the row looks that it reads."
-    prompt = ImagePrompt(arm.prompt_ids(text), tuple(grid), *(source or (None, None)))
+    prompt = ImagePrompt(arm.prompt_ids(text), tuple(grid), *(source or (None, None)), plan)
     batch = pad_batch(arm.model.vocab, [image_sample(arm.model.vocab, prompt, codes.cpu())])
     m, s = measure(arm.model, batch.to(arm.device)), slide(batch, arm.model.vocab)
     m = Measure(*(x.cpu() for x in m))
