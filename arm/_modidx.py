@@ -717,6 +717,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'arm.model.generate.text_batch': ('model.generate.html#text_batch', 'arm/model/generate.py'),
                                     'arm.model.generate.text_steps': ('model.generate.html#text_steps', 'arm/model/generate.py'),
                                     'arm.model.generate.uniforms': ('model.generate.html#uniforms', 'arm/model/generate.py'),
+                                    'arm.model.generate.until_end': ('model.generate.html#until_end', 'arm/model/generate.py'),
                                     'arm.model.generate.write_plans': ('model.generate.html#write_plans', 'arm/model/generate.py')},
             'arm.model.gguf': { 'arm.model.gguf.Gguf': ('model.gguf.html#gguf', 'arm/model/gguf.py'),
                                 'arm.model.gguf.dequantise': ('model.gguf.html#dequantise', 'arm/model/gguf.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'probabilities', 'draw', 'uniforms', 'seed_list', 'Decoder', 'code_places', 'Guidance', 'mixer',
-           'image_steps', 'image_batch', 'in_dtype', 'generate_images', 'text_steps', 'text_batch', 'generate_text',
-           'plan_seeds', 'write_plans']
+           'image_steps', 'image_batch', 'in_dtype', 'generate_images', 'text_steps', 'until_end', 'text_batch',
+           'generate_text', 'plan_seeds', 'write_plans']
 
 # %% ../../nbs/33_model.generate.ipynb #7076ee89
 import copy, math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention import KVCache, rope_angles, slot_mask, turn_rows
-from .sequence import ImagePrompt
+from .sequence import ImagePrompt, Vocab
 from .transformer import ARM
 
 # %% ../../nbs/33_model.generate.ipynb #3f49854e
@@ -237,7 +237,7 @@ def text_steps(
     max_new: int, # longest answer
     sampling: Sampling, # temperature and filters
     seeds: list[int], # one per prompt
-) -> Iterator[list[list[int]]]: # text ids of the answers so far
+) -> Iterator[Tensor]: # (P,i) ids so far, i = 1, 2, ...; after an end only EOS
     "All answers in one batch, id by id; it stops when the last one has ended."
     v, device = model.vocab, model.text_weight.device
     u = uniforms(seeds, max_new, device) if sampling.temperature > 0 else torch.zeros(len(seeds), max_new, device=device)
@@ -250,8 +250,15 @@ def text_steps(
         logits = decoder.hidden @ head
         ids[:, i] = torch.where(done, v.eos, draw(logits.float(), u[:, i], sampling))
         done |= ids[:, i] >= v.text_size
-        yield [row[:next((k for k, t in enumerate(row) if t >= v.text_size), i + 1)] for row in ids[:, :i + 1].tolist()]
+        yield ids[:, :i + 1]
         if done.all(): break
+
+def until_end(
+    ids: Tensor, # (P,i) from `text_steps`
+    vocab: Vocab, # says what ends a text
+) -> list[list[int]]: # text ids of every row, without what ended it
+    "Rows of ids as answers."
+    return [row[:next((k for k, t in enumerate(row) if t >= vocab.text_size), len(row))] for row in ids.tolist()]
 
 def text_batch(
     model: ARM, # whose logits
@@ -261,9 +268,9 @@ def text_batch(
     seeds: list[int], # one per prompt
 ) -> list[list[int]]: # text ids of the answers
     "The same, to the end."
-    said = [[] for _ in prompts]
-    for said in text_steps(model, prompts, max_new, sampling, seeds): pass
-    return said
+    ids = torch.empty(len(prompts), 0, dtype=torch.long)
+    for ids in text_steps(model, prompts, max_new, sampling, seeds): pass
+    return until_end(ids, model.vocab)
 
 # %% ../../nbs/33_model.generate.ipynb #f012b7ab
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .generate import Guidance, Sampling, image_steps, plan_seeds, seed_list, text_steps
+from .generate import Guidance, Sampling, image_steps, plan_seeds, seed_list, text_steps, until_end
 from .sequence import ImagePrompt
 from .transformer import ARM
 
@@ -39,7 +39,8 @@ def stream_images(
     seeds = seed_list(seeds, len(prompts))
     if words:
         asked = prompts
-        for said in text_steps(model, [p.plan_ids(model.vocab) for p in asked], max_words, words, plan_seeds(seeds)):
+        for ids in text_steps(model, [p.plan_ids(model.vocab) for p in asked], max_words, words, plan_seeds(seeds)):
+            said = until_end(ids, model.vocab)
             prompts = [replace(p, plan=plan) for p, plan in zip(asked, said)]
             yield Draft(prompts, torch.zeros(len(prompts), 0, dtype=torch.long))
     for codes in image_steps(model, prompts, 1, sampling, guidance.weights(prompts[0].source is not None), seeds): yield Draft(prompts, codes.cpu().clone())
