@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from arm.app.cli import main
-from arm.app.speed import RACES, Outcome, bench, bench_table, by_columns, generation, loss_memory, race, save_bench, sized, training, twin
+from arm.app.bench import RACES, bench, bench_table, loss_memory, save_bench, training
+from arm.app.speed import Outcome, by_columns, generation, race, sized, twin
 from arm.core import save_tensors
 from arm.model.generate import generate_text
 
@@ -30,11 +31,12 @@ def test_refusals_are_one_line(words, says, capsys):
 
 
 def test_different_work_is_not_compared(monkeypatch):
+    import arm.app.bench as benches
     import arm.app.speed as speed
     honest = speed.generate_text
     monkeypatch.setattr(speed, "generate_text", lambda *a, **k: [row[::-1] for row in honest(*a, **k)])
     with pytest.raises(ValueError, match="different work"): generation("tiny", new=8, repeats=1)
-    monkeypatch.setattr(speed, "twin", _shifted)
+    monkeypatch.setattr(benches, "twin", _shifted)
     with pytest.raises(ValueError, match="different work"): training("tiny", n=4, repeats=1)
 
 

@@ -151,7 +151,7 @@ def _add_app(command):
 # %% ../../nbs/91z_app.commands.ipynb #13388fe9
 def _bench(args):
     file = args.json and writable(args.json)
-    from arm.app.speed import bench, bench_table, save_bench
+    from arm.app.bench import bench, bench_table, save_bench
     outcomes = bench(args.names, args.repeats, say=lambda line: print(line, file=sys.stderr))
     print(bench_table(outcomes))
     if file: print(f"wrote {save_bench(file, outcomes)}")

@@ -144,4 +144,4 @@ def benchmark(
     if not images: raise ValueError(f"{name} asks about pictures; give their folder with --images")
     official, result = run_exam(name, answer_with(arm), data, images, out, key=key, facts=facts, say=say)
     if official is None: return f"answers: in {out}, not complete yet", None
-    return f"answers: {official}" + ("" if result else f"; with the right answers, arm score {name} {official} KEY gives the score"), result
+    return f"answers: {official}" + ("" if result else "; these questions have no right answers" if name in ("mme", "mmmu") else f"; with the right answers, arm score {name} {official} KEY gives the score"), result

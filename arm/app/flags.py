@@ -26,7 +26,7 @@ def chosen_stage(argv: Sequence[str], # the words after the command
                  stages: Sequence[str], # names of stages
                  ) -> str: # the stage and a blank, or ""
     "Which stage's help to point to."
-    return next((f"{a} " for a in argv if a in stages), "")
+    return f"{argv[0]} " if argv and argv[0] in stages else ""
 
 def read_settings(argv: Sequence[str], # the words after the command
                   stages: dict[str, Callable], # name of each stage, and the function that it runs
@@ -49,6 +49,6 @@ def read_settings(argv: Sequence[str], # the words after the command
         raise ValueError(f"{e if isinstance(e, argparse.ArgumentError) else f'these settings cannot be read ({e})'}; see: {prog} {chosen_stage(argv, stages)}--help") from e
     values = {k: v for k, v in chosen[chosen.stage].as_dict().items() if k != "config"}
     for k, v in values.items():
-        if isinstance(v, int) and v < 0: raise ValueError(f"{k} is {v}; it must be 0 or more: correct it on the command line or in the file")
+        if isinstance(v, (int, float)) and v < 0: raise ValueError(f"{k} is {v}; it must be 0 or more: correct it on the command line or in the file")
     if "stage" in inspect.signature(stages[chosen.stage]).parameters: values["stage"] = chosen.stage
     return chosen.stage, values

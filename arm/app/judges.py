@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL', 'LIMITS', 'KNOWN_PICTURES', 'GAP', 'data_url', 'message',
            'Referee', 'referee', 'known_pictures', 'check_judge', 'judge_run']
 
 # %% ../../nbs/91i_app.judges.ipynb #4658718c
-import importlib, io, json, tempfile
+import importlib, io, json, tempfile, re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -63,12 +63,14 @@ def boxes_from(
         ask = f"The picture is {image.width} pixels wide and {image.height} high. Find every object of these kinds: {', '.join(names)}. Reply with a JSON list and nothing else, one entry per object: " '{"class": name, "box": [left, top, right, bottom]} in pixels. An empty list means that there are none.'
         reply = chat.say(message(ask, [image]), lambda t: read_boxes(t, names))
         return None if reply is None else read_boxes(reply, names)
+    def hue(reply): return next((w for w in re.findall("[a-z]+", reply.lower()) if w in geneval.COLORS), None) # the first that is a colour
     def colour(image, objects, name):
         said = []
         for box, *_ in objects:
             part = image.crop((max(0, int(box[0])), max(0, int(box[1])), max(int(box[2]), int(box[0]) + 1), max(int(box[3]), int(box[1]) + 1)))
-            reply = chat.say(message(f"Which colour has the {name} in this picture? Reply with one of these words: {', '.join(geneval.COLORS)}.", [part])) or ""
-            said.append(next((c for c in geneval.COLORS if c in reply.lower().split(".")[0].split()), ""))
+            reply = chat.say(message(f"Which colour has the {name} in this picture? Reply with one of these words: {', '.join(geneval.COLORS)}.", [part]), hue)
+            if reply is None or hue(reply) is None: raise geneval.Silent(f"no colour for a {name}")
+            said.append(hue(reply))
         return said
     return detect, colour
 
@@ -117,11 +119,11 @@ def referee(
     api_key: str | None = None, # sent as a bearer token, never stored
 ) -> Referee: # a plug with a name
     "A judge from what was written behind --judge."
-    script = beside(name, data, key)
     if "://" not in where:
         module, _, attribute = where.partition(":")
         try: return Referee(f"judge {where}", getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"--judge {where}: {e}; give an address such as https://host/v1, or module:name of a plug that can be imported") from None
+    script = beside(name, data, key)
     config = JudgeConfig(base_url=where, model=model or "unnamed")
     config = replace(config, model=model or served_model(where, api_key, OFFICIAL[name][1]), **LIMITS[name.removesuffix("-cn")])
     chat = Chat(config, api_key=api_key, cache=Path(out) / "judge")
@@ -151,14 +153,15 @@ def _marks(name: str, plug, file: Path, shown: str, asked: str) -> float | None:
     image = known_pictures()[shown]
     if name == "geneval":
         found = plug[0](image)
-        return None if found is None else float(geneval.verdict(geneval.keep(found, "single_object"), {"include": [{"class": asked, "count": 1}]}, image, plug[1])[0])
+        try: return None if found is None else float(geneval.verdict(geneval.keep(found, "single_object"), {"include": [{"class": asked, "count": 1}]}, image, plug[1])[0])
+        except geneval.Silent: return None
     if name == "dpg": said = plug(image, f"Is there a {asked}?"); return None if said is None else float(said == "yes")
     if name.startswith("wise"):
         image.save(file)
         got = wise.read_reply(plug(file, Item("0", f"A {asked}", "", {"Prompt": f"A {asked}", "Explanation": f"A picture that shows a {asked}", "prompt_id": 0})), p := _protocol(name))
         return got and got[wise.RATINGS[p][0]] / (2 if p == "legacy" else 1)
-    other = image if shown == asked else known_pictures()[asked]
-    notes = plug(image, known_pictures()[next(w for w in known_pictures() if w not in (shown, asked))] if shown == asked else image, f"replace the {shown} with a {next(w for w in known_pictures() if w not in (shown, asked))}") if other else None
+    third = next(w for w in known_pictures() if w not in (shown, asked))
+    notes = plug(image, known_pictures()[third] if shown == asked else image, f"replace the {shown} with a {third}")
     return notes and min(notes[0]) / 10
 
 def check_judge(

@@ -86,6 +86,7 @@ def check_answers(
     items = exam.items(Path(data), Path(images), exam.form)
     if (right := gold(name, items, key)) is None: return None
     if odd := next((i for i, a in zip(items, right) if i.meta.get("options") and a not in i.meta["options"]), None): raise ValueError(f"{data}: question {odd.id} has the right answer {right[items.index(odd)]!r}, which is none of its options {', '.join(odd.meta['options'])}; no model could get it right: get the files again")
+    if name == "pope" and (bad := next((a for a in right if a not in ("yes", "no")), None)): raise ValueError(f"{data}: label {bad!r} is neither yes nor no; get the files again")
     path, best = BEST[name]
     if name == "mme": best *= len({i.group for i in items})
     if name == "vqav2": best = _people(key)

@@ -60,7 +60,7 @@ def score(
 
 # %% ../../nbs/91b_app.score.ipynb #e5b942ec
 def self_tests() -> dict[str, tuple[str, float]]: # benchmark -> its headline on the reference
-    "Score every shipped reference; one that misses its known score raises `ValueError`."
+    "Score the shipped references of the drawing benchmarks; one that misses its known score raises `ValueError`."
     out = {}
     for module in MODULES:
         if importlib.util.find_spec(f"arm.eval.{module}") is None: continue

@@ -32,7 +32,7 @@ def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image
     Image.init()
     try: im = Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError as e:
-        raise ValueError(f"{name} has {int(re.search(r'[0-9]+', str(e))[0]):,} pixels; at most {limit:,} are decoded: scale it down first") from e
+        raise ValueError(f"{name} has {int(re.search(r'[0-9]+', str(e))[0]):,} pixels; at most {min(limit, 2*Image.MAX_IMAGE_PIXELS):,} are decoded: scale it down first") from e
     except OSError as e:
         if e.errno: raise ValueError(f"{name} cannot be read: {e.strerror}; choose a file that you may read") from e
         raise ValueError(f"{name} is not a picture; give a whole file in a format such as PNG, JPEG, WebP, GIF, TIFF or BMP") from e
@@ -68,7 +68,7 @@ def _decode(im: Image.Image) -> Image.Image:
     return to_rgb(im)
 
 def open_picture(source: str | Path | BinaryIO | Image.Image, # a path, an open binary file, or a Pillow picture
-                 *, max_pixels: int = MAX_PIXELS, # larger pictures are refused by their header, before anything is decoded
+                 *, max_pixels: int = MAX_PIXELS, # larger pictures are refused by their header, before anything is decoded; Pillow itself refuses more than 178,956,970
                  ) -> Image.Image: # mode RGB, upright; the first frame of an animation
     "Read any picture, or raise a `ValueError` of one line."
     name = "the picture" if isinstance(source, Image.Image) else "the file"
@@ -79,10 +79,10 @@ def open_picture(source: str | Path | BinaryIO | Image.Image, # a path, an open 
         if not os.path.isfile(source): raise ValueError(f"{name} is no regular file; save the picture to a file first")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters raises; the rest is chatter about metadata
-        if isinstance(source, Image.Image):
-            _check_size(*source.size, max_pixels, name)
-            return to_rgb(ImageOps.exif_transpose(source))
         try:
+            if isinstance(source, Image.Image):
+                _check_size(*source.size, max_pixels, name)
+                return _decode(source)
             with _header(source, max_pixels, name) as im: return _decode(im)
         except Exception as e:  # decoders of damaged files raise anything
             if isinstance(e, ValueError) and str(e).startswith(name): raise

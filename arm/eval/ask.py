@@ -58,7 +58,8 @@ def answer_all(
     out, (rank, world) = Path(out), ranks(rank, world)
     start(items, Layout("questions", 1, None, None), out, 0, facts or {})
     have, mine, failed = read_answers(out), list(items)[rank::world], {}
-    todo, number = [i for i in mine if i.id not in have], len(list((out / "answers").glob(f"{rank}-*.jsonl")))
+    todo = [i for i in mine if i.id not in have]
+    number = max((int(f.stem.partition("-")[2]) + 1 for f in (out / "answers").glob(f"{rank}-*.jsonl")), default=0) # a refused batch leaves a gap
     def tell(part):
         try: said = ask(part)
         except ValueError as e:

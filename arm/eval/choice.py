@@ -77,7 +77,7 @@ def read_table(
     head = [h if h in LETTERS else h.lower() for h in sheet[0]]
     rows = [{k: None if v in NO_VALUE else v for k, v in zip(head, r)} for r in sheet[1:] if any(r)]
     for i, r in enumerate(rows, 2):
-        if not re.fullmatch(r"\d+(\.0)?", r["index"] or ""): raise ValueError(f"{path}, line {i}: index {r['index']!r} is no whole number; restore the official column")
+        if not re.fullmatch(r"\d+(\.0)?", r.get("index") or ""): raise ValueError(f"{path}, line {i}: index {r.get('index')!r} is no whole number; restore the official column")
         r["index"] = str(int(float(r["index"])))
     return rows
 

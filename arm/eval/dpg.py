@@ -102,7 +102,8 @@ def judge(
     "Ask all questions about all tiles of a folder."
     out = Path(out)
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    done = {(path, box) for path, box, _, _ in map(_line, lines)}
+    done = {(re.split(r"[/\\]", path)[-1], box) for path, box, _, _ in map(_line, lines)}
+    def keep(): atomic_write(out, "".join(line + "\n" for line in lines)) # after every picture: answers cost money
     try:
         for file in sorted(Path(images).glob("*.png")):
             if file.stem not in questions: continue
@@ -110,10 +111,11 @@ def judge(
             w, h = parts[0].size
             for tile, (x, y) in zip(parts, ((0, 0), (w, 0), (0, h), (w, h))):
                 box = str((x, y, x + w, y + h))
-                if (str(file), box) in done: continue
+                if (file.name, box) in done: continue
                 said = [vqa(tile, a.text) for a in questions[file.stem]]
                 if None not in said: lines += [f"{file}, {box}, {a.text}, {' '.join(s.split())}" for a, s in zip(questions[file.stem], said)]
-    finally: atomic_write(out, "".join(line + "\n" for line in lines))
+            keep()
+    finally: keep()
     return out
 
 def _line(line: str) -> tuple[str, str, str, str]: # picture, tile, question, answer
@@ -129,7 +131,8 @@ def read_detail(
     out = defaultdict(dict)
     for line in read_text(path, "DPG-Bench's detail file").splitlines():
         picture, box, question, answer = _line(line)
-        texts, answers = out[re.split(r"[/\\]", picture)[-1].split(".")[0]].setdefault((picture, box), ([], []))
+        name = re.split(r"[/\\]", picture)[-1]
+        texts, answers = out[name.split(".")[0]].setdefault((name, box), ([], []))
         texts.append(question); answers.append(answer)
     return {k: list(v.values()) for k, v in out.items()}
 

@@ -116,20 +116,23 @@ def judge(
     root, out, failed = Path(root), Path(root) / model / backbone / "eval_results_new", []
     for group in GROUPS:
         file = out / f"{model}_{group}_gpt_score.csv"
-        rows = {r["edited_image"]: r for r in read_table(file)} if file.exists() else {}
+        key = lambda path: tuple(re.split(r"[/\\]", str(path))[-2:]) # language and file, however the folder was named
+        rows = {key(r["edited_image"]): r for r in read_table(file)} if file.exists() else {}
+        def keep(): # after every pair: replies cost money
+            text = io.StringIO()
+            w = csv.DictWriter(text, COLUMNS, lineterminator="\n"); w.writeheader(); w.writerows(rows.values())
+            atomic_write(file, text.getvalue())
         try:
             for item in (i for i in items if i.group == group):
                 result, source = layout(model).files(root, item)
-                if str(result) in rows: continue
+                if key(result) in rows: continue
                 if not (result.is_file() and source.is_file()): failed.append(item.id); continue
                 before = open_picture(source)
                 notes = ask(before, open_picture(result).resize(before.size), item.prompt)
                 if notes is None: failed.append(item.id); continue
-                rows[str(result)] = dict(zip(COLUMNS, (str(source), str(result), item.meta["instruction"], min(notes[0]), min(notes[1]), item.meta["Intersection_exist"], item.meta["instruction_language"])))
-        finally:
-            text = io.StringIO()
-            w = csv.DictWriter(text, COLUMNS, lineterminator="\n"); w.writeheader(); w.writerows(rows.values())
-            atomic_write(file, text.getvalue())
+                rows[key(result)] = dict(zip(COLUMNS, (str(source), str(result), item.meta["instruction"], min(notes[0]), min(notes[1]), item.meta["Intersection_exist"], item.meta["instruction_language"])))
+                keep()
+        finally: keep()
     return out, failed
 
 def read_table(

@@ -109,6 +109,9 @@ def judge(
     raw = out.with_name(out.name.replace("_scores_results", "_full").removesuffix(".jsonl") + "_results.json")
     rows = {r["prompt_id"]: r for r in read_jsonl(out)} if out.exists() else {}
     full = {r["prompt_id"]: r for r in json.loads(raw.read_text(encoding="utf-8"))} if raw.exists() else {}
+    def keep(): # after every picture: replies cost money
+        write_jsonl(out, [rows[k] for k in sorted(rows)])
+        atomic_write(raw, json.dumps([full[k] for k in sorted(full)], indent=2, ensure_ascii=False))
     try:
         for item in items:
             id, file = item.meta["prompt_id"], Path(images) / f"{item.id}.png"
@@ -119,9 +122,8 @@ def judge(
                 if got := read_reply(reply, protocol): break
             rows[id] = {"prompt_id": id, "Subcategory": item.meta.get("Subcategory"), **(got or dict.fromkeys(names))}
             full[id] = {"prompt_id": id, "prompt": item.meta["Prompt"], "key": item.meta.get("Explanation"), "image_path": str(file), "evaluation": reply}
-    finally:
-        write_jsonl(out, [rows[k] for k in sorted(rows)])
-        atomic_write(raw, json.dumps([full[k] for k in sorted(full)], indent=2, ensure_ascii=False))
+            keep()
+    finally: keep()
     return out
 
 # %% ../../nbs/57d_eval.wise.ipynb #2ae63439

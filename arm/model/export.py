@@ -60,7 +60,7 @@ def export_hub(
     folder: str | Path, # a new or empty one
     *,
     dtype: torch.dtype | None = None, # of the files; None: the model's own
-    shard_bytes: int = 5 * 10**9, # most bytes of a shard
+    shard_bytes: int = 5 * 10**9, # most bytes of the tensors in a shard; the header of the file comes on top
     like: str | Path | None = None, # folder that the model came from: its tokenizer files and token ids go along
     text: TextTokenizer | None = None, # the text tokenizer, if there is no such folder
 ) -> Path: # the folder
@@ -69,6 +69,7 @@ def export_hub(
     if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder} holds files already, which would mix with the new ones; choose a new folder.")
     if shard_bytes < 1: raise ValueError(f"shard_bytes={shard_bytes}; a shard needs at least 1 byte. Give a positive number.")
     dtype, own = dtype or model.embed.text.weight.dtype, dict(model.named_parameters())
+    if not dtype.is_floating_point: raise ValueError(f"dtype={dtype}; weights are floats. Take torch.float32, torch.bfloat16 or torch.float16.")
     old = {} if like is None else load_json(Path(like) / "config.json")
     folder.mkdir(parents=True, exist_ok=True)
     sizes, where = {n: prod(p.shape) * dtype.itemsize for n, p in names.items()}, {}

@@ -140,9 +140,10 @@ class PictureEncoder:
         grids:list[tuple[int, int]], # (h, w) in patches that the model knows
         batch_size:int=64, # pictures at a time
         name:str="codes", # noted in the index: shards of two tokenizers must not mix
+        device:torch.device|str="cpu", # where the tokenizer is
     ):
         if not grids: raise ValueError("there are 0 grids to fit pictures to; pass the (h, w) that the model knows")
-        self.tokenizer, self.grids, self.batch_size, self.name = tokenizer, grids, batch_size, name
+        self.tokenizer, self.grids, self.batch_size, self.name, self.device = tokenizer, grids, batch_size, name, device
 
     @torch.no_grad()
     def __call__(self,
@@ -156,7 +157,7 @@ class PictureEncoder:
         for (_, h, w), items in by_size.items():
             for a in range(0, len(items), self.batch_size):
                 some = items[a:a + self.batch_size]
-                for (i, _), codes in zip(some, self.tokenizer.encode(torch.stack([x for _, x in some]))): out[i] = codes.view(h // patch, w // patch)
+                for (i, _), codes in zip(some, self.tokenizer.encode(torch.stack([x for _, x in some]).to(self.device)).cpu()): out[i] = codes.view(h // patch, w // patch)
         return out
 
 # %% ../../nbs/47b_train.convert.ipynb #45fb0839

@@ -69,7 +69,7 @@ def stopped(
     "One line for a job that ended early: who speaks, why, and where the run goes on."
     out = Path(out)
     words = " ".join(str(why).split())[:200]
-    lost = isinstance(why, RuntimeError) and any(w in str(why).lower() for w in ("connection", "gloo", "nccl", "store", "timeout", "timed out"))
+    lost = isinstance(why, RuntimeError) and any(w in str(why).lower().replace("restore", "") for w in ("connection", "gloo", "nccl", "store", "timeout", "timed out"))
     said = "lost another process; the launcher's report names it" if lost else words or type(why).__name__
     step = load_json(out / "last.json")["step"] if (out / "last.json").is_file() else 0
     if isinstance(why, BaseException) and out.is_dir():
@@ -99,7 +99,10 @@ def work_and_leave(
         os._exit(128 + number)
     if here.launched: signal.signal(signal.SIGTERM, told)
     try: work(); code = 0
-    except ValueError as e: one_voice(out(), " ".join(str(e).split()), here.world == 1); code = 2
+    except ValueError as e:
+        if (folder := Path(out())).is_dir():
+            with contextlib.suppress(OSError): (folder / f"process-{here.rank}.error").write_text("".join(traceback.format_exception(e)))
+        one_voice(folder, " ".join(str(e).split()), here.world == 1); code = 2
     except KeyboardInterrupt: stopped(out(), "interrupted", here); code = 130
     except BaseException as e: stopped(out(), e, here); code = 1
     leave(code, here.launched)
