@@ -79,7 +79,8 @@ def test_modes_and_sizes(loaded, mode, format, w, h, orientation, clear):
     if clear and mode in ("L", "P", "RGB", "1"): options["transparency"] = (0, 0, 0) if mode == "RGB" else 0
     try: data = encoded(im, format, **options)
     except Exception: return  # this format has no such mode
-    if format == "ICO" and data[4:6] == b"\0\0": return  # Pillow 12 writes a file without any icon where a side is below 16 px
+    try: Image.open(io.BytesIO(data)).load()
+    except Exception: return  # Pillow 12 writes icons without an icon and YCbCr in TIFF that it cannot read back: what it reads, we read
     with open("any.png", "wb") as f: f.write(data)
     assert check("reconstruct", "any.png", "-o", "out.png") == 0
 
