@@ -323,7 +323,8 @@ def test_refusals_of_the_command(url, model, monkeypatch):
 
 def test_the_command_serves_until_it_is_interrupted(model):
     port = free_port()
-    child = subprocess.Popen([ARM, "app", "--model", model, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    child = subprocess.Popen([ARM, "app", "--model", model, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # tests that a shell put into the background inherit a deaf ear
     late = threading.Timer(120, child.kill)
     late.start()
     try:

@@ -104,7 +104,7 @@ def peak_share(
         ratios.append(counter.get_total_flops() / (time.perf_counter() - start) / peak)
     return Outcome(f"training step, {size}: multiplications", "one large matrix product", ratios, bound, True, "does not apply")
 
-# %% ../../nbs/91n_app.bench.ipynb #6e5462bf
+# %% ../../nbs/91n_app.bench.ipynb #916512a4
 class Allocations(TorchDispatchMode):
     "Inside the block, follows every storage from the operation that makes it to its end."
     def __init__(self):
@@ -143,8 +143,9 @@ def loss_memory(
 ) -> Outcome: # ratio: our peak over theirs
     "Peak memory of the loss at the paper's vocabulary, against logits that all exist at once."
     cfg = replace(ARMConfig.paper(), dim=64, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=64)
-    with seeded(0, "speed", "loss"): model, hidden = ARM(cfg), torch.randn(1, positions + 1, cfg.dim)
+    with seeded(0, "speed", "loss"): model = ARM(cfg)
     v, half, g = model.vocab, positions // 2, torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, positions + 1, cfg.dim, generator=g)
     words, codes = torch.randint(v.text_size, (half,), generator=g), torch.randint(cfg.codebook_size, (positions - half,), generator=g)
     labels = torch.cat((torch.tensor([IGNORE]), words, v.visual_offset + codes))[None]
     def run(loss):
@@ -161,7 +162,7 @@ def loss_memory(
     if abs(float(la - lb)) > 1e-3 or float((ga - gb).norm() / gb.norm()) > 1e-3: raise ValueError(f"losses {float(la):.4f} and {float(lb):.4f} or their gradients differ; a comparison of different work is worth nothing")
     return Outcome(f"memory of the loss, {positions} positions, {v.n_text:,} + {cfg.codebook_size:,} ids", "all logits at once", [a / b], bound, False, f"losses within {abs(float(la - lb)):.0e}")
 
-# %% ../../nbs/91n_app.bench.ipynb #2a01bbb6
+# %% ../../nbs/91n_app.bench.ipynb #69064b7a
 def encoding(
     dim: int = 192, # width of the tower and of the projection
     image: int = 128, # px, side of the pictures
@@ -174,7 +175,7 @@ def encoding(
         towers = SiglipTowers(replace(TowersConfig.tiny(), dim=dim, n_layer=27, n_head=max(1, dim // 64), ffn_dim=4 * dim, patch_size=16, image_size=image)).eval()
         sizes = TokenizerConfig.tiny()
         tokenizer = VisualTokenizer(replace(sizes, patch_size=16, source="features", stages=(), down_dim=dim, down_layer=6, feature_dim=dim, decoder=replace(sizes.decoder, patch_size=16))).eval()
-        pictures = torch.rand(n, 3, image, image) * 2 - 1
+    pictures = torch.rand(n, 3, image, image, generator=torch.Generator().manual_seed(0)) * 2 - 1
     @torch.no_grad()
     def tower(): return towers.features(pictures)
     @torch.no_grad()
