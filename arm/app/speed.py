@@ -8,7 +8,7 @@ __all__ = ['HEADER', 'SIZES', 'race', 'Outcome', 'sized', 'twin', 'generation', 
 # %% ../../nbs/91m_app.speed.ipynb #94d5374c
 import statistics, time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -148,9 +148,8 @@ def guided(
     "What guidance costs at batch 1."
     if branches not in (2, 3): raise ValueError(f"branches={branches}; guidance has 2 (a caption) or 3 (an edit)")
     model, grid = sized(size), (side, side)
-    source = torch.arange(side * side) if branches == 3 else None
-    prompt = ImagePrompt(list(range(1, 9)), grid, source, grid if branches == 3 else None) if branches == 3 else ImagePrompt(list(range(1, 9)), grid)
-    scales = Guidance(text_scale=1.5, image_scale=1.25) if branches == 3 else Guidance(text_scale=1.5)
+    prompt, scales = ImagePrompt(list(range(1, 9)), grid), Guidance(text_scale=1.5)
+    if branches == 3: prompt, scales = replace(prompt, source=torch.arange(side * side), source_grid=grid), replace(scales, image_scale=1.25)
     draw = lambda guidance: generate_images(model, [prompt], sampling=Sampling(temperature=0.), guidance=guidance)[0]
     seconds, out = race({"plain": lambda: draw(Guidance()), "guided": lambda: draw(scales)}, repeats)
     if out["plain"].shape != out["guided"].shape: raise ValueError("the two pictures differ in size")

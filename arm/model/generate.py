@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'probabilities', 'draw', 'uniforms', 'seed_list', 'Decoder', 'code_places', 'Guidance', 'mixer',
-           'image_steps', 'image_batch', 'in_dtype', 'generate_images', 'text_steps', 'until_end', 'text_batch',
-           'generate_text', 'plan_seeds', 'write_plans']
+           'image_steps', 'in_dtype', 'generate_images', 'text_steps', 'until_end', 'generate_text', 'plan_seeds',
+           'write_plans']
 
 # %% ../../nbs/33_model.generate.ipynb #7076ee89
 import copy, math
@@ -183,18 +183,6 @@ def image_steps(
         codes[:, i] = model.visual_head.sample(h, lambda logits, g: draw(mix(logits), u[:, i, g], sampling))
         yield codes[:, :i + 1]
 
-def image_batch(
-    model: ARM, # whose logits
-    prompts: list[ImagePrompt], # P prompts that have the same branches
-    copies: int, # G samples per prompt
-    sampling: Sampling, # temperature and filters
-    weights: dict[str, float], # branches and their shares, from `Guidance.weights`
-    seeds: list[int], # P*G
-) -> list[Tensor]: # P*G tensors (N,) of codes
-    "The same, to the end."
-    for codes in image_steps(model, prompts, copies, sampling, weights, seeds): pass
-    return [c[:math.prod(prompts[k // copies].grid)].cpu() for k, c in enumerate(codes)]
-
 # %% ../../nbs/33_model.generate.ipynb #117f2f99
 def in_dtype(
     model: ARM, # whose logits
@@ -226,8 +214,8 @@ def generate_images(
         step = max(1, batch_size // (num_generations * len(weights)))
         for chunk in (todo[a:a + step] for a in range(0, len(todo), step)):
             mine = [s for i in chunk for s in seeds[i * num_generations:(i + 1) * num_generations]]
-            codes = image_batch(model, [prompts[i] for i in chunk], num_generations, sampling, weights, mine)
-            for j, i in enumerate(chunk): out[i] = codes[j * num_generations:(j + 1) * num_generations]
+            for codes in image_steps(model, [prompts[i] for i in chunk], num_generations, sampling, weights, mine): pass
+            for j, i in enumerate(chunk): out[i] = [c[:math.prod(prompts[i].grid)].cpu() for c in codes[j * num_generations:(j + 1) * num_generations]]
     return [c for i in range(len(prompts)) for c in out[i]]
 
 # %% ../../nbs/33_model.generate.ipynb #16a5fed0
@@ -260,18 +248,6 @@ def until_end(
     "Rows of ids as answers."
     return [row[:next((k for k, t in enumerate(row) if t >= vocab.text_size), len(row))] for row in ids.tolist()]
 
-def text_batch(
-    model: ARM, # whose logits
-    prompts: list[list[int]], # prompts as ids
-    max_new: int, # longest answer
-    sampling: Sampling, # temperature and filters
-    seeds: list[int], # one per prompt
-) -> list[list[int]]: # text ids of the answers
-    "The same, to the end."
-    ids = torch.empty(len(prompts), 0, dtype=torch.long)
-    for ids in text_steps(model, prompts, max_new, sampling, seeds): pass
-    return until_end(ids, model.vocab)
-
 # %% ../../nbs/33_model.generate.ipynb #f012b7ab
 @torch.inference_mode()
 def generate_text(
@@ -289,7 +265,9 @@ def generate_text(
     model = in_dtype(model, dtype)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for chunk in (order[a:a + batch_size] for a in range(0, len(order), batch_size)):
-        out |= zip(chunk, text_batch(model, [prompts[i] for i in chunk], max_new, sampling, [seeds[i] for i in chunk]))
+        ids = torch.empty(len(chunk), 0, dtype=torch.long) # what is left if nothing is asked for
+        for ids in text_steps(model, [prompts[i] for i in chunk], max_new, sampling, [seeds[i] for i in chunk]): pass
+        out |= zip(chunk, until_end(ids, model.vocab))
     return [out[i] for i in range(len(prompts))]
 
 # %% ../../nbs/33_model.generate.ipynb #81eba07c

@@ -105,7 +105,9 @@ class ArmFolder(ArmBase):
         for name, part in (("tokenizer", tokenizer), ("arm", model)):
             file = cls._file(path, config, f"{name}.safetensors")
             load_weights(part, load_tensors(file), source=file)
-        return cls(tokenizer, by_columns(model), TextTokenizer.from_file(cls._file(path, config, "text.json")), config["card"]).to(device)
+        arm = cls(tokenizer, model, TextTokenizer.from_file(cls._file(path, config, "text.json")), config["card"]).to(device)
+        by_columns(arm.model)
+        return arm
 
     @staticmethod
     def _file(path, config, name):

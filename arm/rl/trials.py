@@ -118,7 +118,7 @@ def train_trial(
     if trial.steps:
         source = InkItems(arm.tokenizer, arm.text) if trial.marks == "ink" else ShapesItems(arm.tokenizer, arm.text, MARKS[trial.marks])
         loss = replace(GRPOConfig.tiny(), num_generations=trial.num_generations, beta=trial.beta)
-        module = HalfGRPO(arm.model, arm.tokenizer, loss, trial.steps, trial.lr, mode=trial.mode, guidance=Guidance(text_scale=trial.text_scale), 
+        module = HalfGRPO(arm.model, arm.tokenizer, loss, trial.steps, trial.lr, mode=trial.mode, guidance=Guidance(text_scale=trial.text_scale),
                           rollout_dtype=torch.bfloat16 if pick_precision().startswith("bf16") else None)
         module.tokens = trial.tokens
         fit(module, mixed_items([source], trial.n_prompts, seed, "t2i"), trial.steps, path, "trial", every=20)

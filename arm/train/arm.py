@@ -53,7 +53,8 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None: continue
-                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)).lerp_(p.grad, 1 - group["momentum"])
+                if "momentum_buffer" not in self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                m = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(m, group["momentum"]), group["ns_steps"])
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * .2 * max(p.shape)**.5)
         return loss
