@@ -37,13 +37,17 @@ def read_settings(argv: Sequence[str], # the words after the command
     from jsonargparse import ArgumentParser
     top = ArgumentParser(prog=prog, exit_on_error=False, description=about)
     subs, switches = top.add_subcommands(dest="stage", title="stages", metavar="STAGE"), set()
+    lists = set()
     for stage, fn in stages.items():
         p = ArgumentParser(exit_on_error=False, description=fn.__doc__)
         p.add_argument("--config", action="config", help="YAML file with these settings")
         p.add_function_arguments(with_notes(fn), skip={"stage"})
         subs.add_subcommand(stage, p, help=fn.__doc__)
         switches |= {f"--{k}" for k, v in inspect.signature(fn).parameters.items() if isinstance(v.default, bool)}
+        lists |= {f"--{k}" for k, v in inspect.signature(fn).parameters.items() if isinstance(v.default, tuple)}
     words = [f"{a}=true" if a in switches and b.lower() not in ("true", "false") else a for a, b in zip(argv, [*argv[1:], ""])]
+    def listed(flag, items): return f"[{items}]" if flag in lists and not items.startswith(("[", "-")) else items
+    words = [listed(before, f"{flag}{sign}{listed(flag, items)}" if sign else flag) for before, (flag, sign, items) in zip(["", *words], (w.partition("=") for w in words))]
     try: chosen = top.parse_args(words)
     except Exception as e:  # a settings file can hold anything, and not all of it ends in an ArgumentError
         raise ValueError(f"{e if isinstance(e, argparse.ArgumentError) else f'these settings cannot be read ({e})'}; see: {prog} {chosen_stage(argv, stages)}--help") from e

@@ -43,10 +43,17 @@ def edit_plan(
     return f"{full_caption(scene)}; then {spell(scene, tuple(after if stays else after + new))}"
 
 # %% ../../nbs/10d_data.shapeplans.ipynb #337706e9
+_AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
+
 def evidence(
-    scene: Scene, # what is seen
-    qa: QA,       # a question from `questions`
-) -> str:         # the objects that the answer rests on, in full, "nothing" where none fits; of two, also how the first lies to the second
+    scene: Scene,           # what is seen
+    qa: QA,                 # a question from `questions`
+    stepwise: bool = False, # weigh every object of a count, and put the relation that was asked for beside the true one
+) -> str:                   # the objects that the answer rests on, in full, "nothing" where none fits; of two, also how the first lies to the second
     "What an answer rests on."
+    if qa.kind == "count" and stepwise: return ", ".join(f"{noun_phrase(o.shape, o.color, o.size)} {'yes' if o in qa.about else 'no'}" for o in scene.objs)
     if qa.kind != "relation": return spell(scene, qa.about)
-    return f"{spell(scene, qa.about)}; {', '.join(r for r in RELATIONS if holds(qa.about[0], r, qa.about[1]))}"
+    true = [r for r in RELATIONS if holds(qa.about[0], r, qa.about[1])]
+    if not stepwise: return f"{spell(scene, qa.about)}; {', '.join(true)}"
+    asked = next(r for r, words in RELATIONS.items() if any(f" {w} " in qa.question for w in words))
+    return f"{spell(scene, qa.about)}; {asked}? {next(r for r in true if _AXIS[r] == _AXIS[asked])}"

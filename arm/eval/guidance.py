@@ -66,7 +66,7 @@ def _blind(variant):
 
 GUIDANCE_STUDIES:dict[str, Study] = {
     "guidance": Study(question="Do codes with a meaning need less guidance than codes that only paint?", row=train_downstream, scored_by="guidance", variants={
-        name: Downstream(variant=replace(v, steps=600, score_every=300), arm_steps=1200, plan=0.)
+        name: Downstream(variant=v, arm_steps=800, plan=0.)
         for name, v in {"four objectives": Variant(), "pixels alone, of features": asked("pix"), "pixels alone, of pixels": _blind(asked("pix"))}.items()}),
 }
 

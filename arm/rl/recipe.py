@@ -35,6 +35,7 @@ class PhaseConfig:
     updates:int=1 # updates per rollout
     mode:GuidanceMode="off" # guidance of the drawings, see `branches`
     text_scale:float=1. # guidance by the text, for a mode other than "off"
+    words:bool=False # every drawing has words of its own, and they are learnt from as its codes are; for a model that plans
     replay:int=0 # supervised documents beside each update, so that nothing is forgotten
     seed:int=0 # of items and drawings
 
@@ -58,7 +59,7 @@ def supervised(
 ) -> Callable[[int, int, int], list[Batch]]: # documents by step
     "A stream of supervised documents from all worlds that the model was trained on."
     known = tuple(arm.card.get("run", {}).get("worlds", worlds))
-    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, seed=cfg.seed + 2)
+    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, stepwise=arm.card.get("sft", [{}])[-1].get("stepwise", False), seed=cfg.seed + 2)
     return mixed_tokens(pools(run, arm.tokenizer, .75 if arm.card["plan"] else 0.), arm.model.vocab, cfg.replay, cfg.seed + 2, REPLAY)
 
 # %% ../../nbs/64_rl.recipe.ipynb #58ed9f2e
@@ -76,7 +77,7 @@ def run_phase(
     stream, plan = mixed_items(judged_worlds(arm, worlds), cfg.n_prompts, cfg.seed, phase, cfg.updates), arm.card["plan"]
     loss = replace(GRPOConfig.tiny(), num_generations=cfg.num_generations, beta=cfg.beta)
     module = LitGRPO(arm.model, arm.tokenizer, loss, cfg.steps, cfg.lr, updates=cfg.updates, mode=cfg.mode, guidance=Guidance(text_scale=cfg.text_scale),
-                     rollout_dtype=torch.bfloat16 if pick_precision(precision).startswith("bf16") else None, plan=plan, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
+                     rollout_dtype=torch.bfloat16 if pick_precision(precision).startswith("bf16") else None, plan=plan, words=cfg.words, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0)))
     fit(module, stream, cfg.steps, out, f"grpo {phase}", samples=show, every=every, precision=precision)
@@ -107,6 +108,7 @@ def train_grpo(
     updates:int=1, # updates per rollout
     mode:GuidanceMode="off", # "off", "guided" or "mismatched": guidance of the drawings
     text_scale:float=1., # guidance by the text, for a mode other than "off"
+    words:bool=False, # learn from the words before a picture, too: each drawing has its own
     replay:int=32, # supervised documents beside each update, so that nothing is forgotten; 0: none
     seed:int=0, # of items and drawings
     every:int=40, # steps between checkpoints and sheets of samples
@@ -114,7 +116,7 @@ def train_grpo(
     "Reinforcement learning on visual tokens (GRPO; phases: ARM sec. 5, as reported); a broken-off run goes on from its checkpoint."
     if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
     start, done = Path(model) if model else DATA / "models" / "tiny", Path(out) / "model"
-    cfg = PhaseConfig(steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, mode=mode, text_scale=text_scale, replay=replay, seed=seed)
+    cfg = PhaseConfig(steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, mode=mode, text_scale=text_scale, words=words, replay=replay, seed=seed)
     entry = told(phase, worlds, cfg, start.parent.name if start.name == "model" else start.name)
     if (done / "config.json").exists():
         held = (Arm.from_pretrained(done).card.get("rl") or [None])[-1]

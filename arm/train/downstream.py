@@ -44,8 +44,8 @@ class Sighted(nn.Module):
 @dataclass(kw_only=True, frozen=True)
 class Downstream:
     "A tokenizer of the laboratory, and the budget of the transformer that learns its codes."
-    variant:Variant = field(default_factory=lambda: Variant(steps=600, score_every=300)) # the tokenizer and its training
-    arm_steps:int = 900 # length of the transformer's training
+    variant:Variant = field(default_factory=Variant) # the tokenizer and its training
+    arm_steps:int = 600 # length of the transformer's training
     arm_batch:int = 48 # documents per step
     scenes:int = 8000 # scenes in the pool
     lr:float = 2e-3 # peak learning rate of the transformer
@@ -83,12 +83,12 @@ def train_downstream(
     score:Callable[[object], dict[str, float]], # numbers by name, once of the tokenizer's module and once of the whole `Arm`
 ) -> dict[str, float]: # the tokenizer's last point, and what the transformer made of its codes
     "One row: a tokenizer, and a transformer on its codes; what is finished is read from its note."
-    path, home, v = row_folder(config, seed, out), Path(out) / "tokenizers", config.variant
+    path, v = row_folder(config, seed, out), config.variant
     if (path / "row.json").exists(): return load_json(path / "row.json")["row"]
-    row = train_variant(v, seed, home, score)
-    tokenizer, weights = build(v, seed), row_folder(v, seed, home) / "tokenizer.safetensors"
+    row = train_variant(v, seed, out, score)
+    tokenizer, weights = build(v, seed), row_folder(v, seed, out) / "tokenizer.safetensors"
     load_weights(tokenizer, load_tensors(weights), source=weights)
-    arm = row_arm(config, seed, Sighted(tokenizer.eval(), load_teacher(home / f"judges-{v.teacher_steps}x{v.teacher_batch}")[0]), path)
+    arm = row_arm(config, seed, Sighted(tokenizer.eval(), load_teacher(Path(out) / f"judges-{v.teacher_steps}x{v.teacher_batch}")[0]), path)
     row |= score(arm)
     save_json(path / "row.json", dict(config=config_to_dict(config), seed=seed, row=row))
     (path / "last.ckpt").unlink(missing_ok=True)
@@ -97,5 +97,5 @@ def train_downstream(
 # %% ../../nbs/45b_train.downstream.ipynb #530b61be
 DOWNSTREAM_STUDIES:dict[str, Study] = {
     "downstream": Study(question="Which codes can a transformer edit with and compose with: is it locality that decides?", row=train_downstream, scored_by="downstream", variants={
-        name: Downstream(variant=replace(variant, steps=600, score_every=300)) for name, variant in STUDIES["designs"].variants.items() if name != "features, no blocks"}),
+        name: Downstream(variant=variant) for name, variant in STUDIES["designs"].variants.items() if name != "features, no blocks"}),
 }

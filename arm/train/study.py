@@ -35,10 +35,10 @@ class Variant:
     "A tokenizer, its training, and how often it is measured on the way."
     tokenizer:TokenizerConfig = field(default_factory=published) # sizes and weights
     quantizer:str = "" # a name that `make_quantizer` knows, at as many bits as the tokenizer has levels; "": the tokenizer's own FSQ
-    steps:int = 1000 # length of the training
+    steps:int = 400 # length of the training
     batch:int = 64 # pictures per step
     lr:float = 1.5e-3 # peak learning rate
-    score_every:int = 250 # steps between two points of the curves, and between two checkpoints
+    score_every:int = 100 # steps between two points of the curves, and between two checkpoints
     balance:bool = False # set the weights anew at every point, so that all objectives pull equally hard
     teacher_steps:int = 300 # length of the teacher's training, shared by all rows
     teacher_batch:int = 128 # pictures per step of the teacher

@@ -33,7 +33,13 @@ def no_op(command: str) -> int:
     return status or bool(changed)
 
 
-def nbdev_test() -> int: return run("nbdev_test", "--n_workers", "2", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+ONE_THREAD = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1") # for each of two workers
+
+
+def nbdev_test() -> int: return run("nbdev_test", "--n_workers", "2", **ONE_THREAD)
+
+
+def pytest() -> int: return run("pytest", "-q", "-n", "2", "--dist", "loadfile", "tests", **ONE_THREAD)
 
 
 STEPS = [  # name, what to run, what to do when it fails
@@ -43,7 +49,7 @@ STEPS = [  # name, what to run, what to do when it fails
     ("nbdev_export changes nothing", lambda: no_op("nbdev_export"), "the modules above are exported now: commit them with their pages"),
     ("README is the rendered index", lambda: run("python", "tests/tools/readme.py", "--check"), "run `make readme`, then commit README.md"),
     ("nbdev_test: every page runs", nbdev_test, "run the page that is named above from top to bottom"),
-    ("pytest", lambda: run("pytest", "-q", "tests"), "see the failures above"),
+    ("pytest", pytest, "see the failures above"),
 ]
 
 
