@@ -49,8 +49,10 @@ docs: $(INSTALLED) ## all pages as a static site with search: runs/book/index.ht
 readme: $(INSTALLED) ## render README.md from nbs/index.ipynb as it is stored
 	@$(BIN)/python tests/tools/readme.py
 
-train: $(INSTALLED) ## train the shipped weights from scratch: hours on 2 cores
-	$(BIN)/arm train all
+train: $(INSTALLED) ## train the shipped weights from scratch, first stage, fine-tuning, reinforcement: hours on 2 cores
+	$(BIN)/arm train all --out runs/tiny
+	$(BIN)/arm train sft --out runs/sft --model runs/tiny/model --worlds shapes,openmoji --steps 300 --questions 8 --hold .7
+	$(BIN)/arm train grpo --out runs/rl --model runs/sft/model --worlds shapes,openmoji --steps 170 --words
 
 quick: $(INSTALLED) ## train the whole chain on shapes alone, a much shorter run
 	$(BIN)/arm train all --quick

@@ -46,14 +46,13 @@ def edit_plan(
 _AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
 
 def evidence(
-    scene: Scene,           # what is seen
-    qa: QA,                 # a question from `questions`
-    stepwise: bool = False, # weigh every object of a count, and put the relation that was asked for beside the true one
-) -> str:                   # the objects that the answer rests on, in full, "nothing" where none fits; of two, also how the first lies to the second
+    scene: Scene,        # what is seen
+    qa: QA,              # a question from `questions`
+    asked: bool = False, # of two objects, name the relation that was asked for, and the true one beside it
+) -> str:                # the objects that the answer rests on, in full, "nothing" where none fits; of two, also how the first lies to the second
     "What an answer rests on."
-    if qa.kind == "count" and stepwise: return ", ".join(f"{noun_phrase(o.shape, o.color, o.size)} {'yes' if o in qa.about else 'no'}" for o in scene.objs)
     if qa.kind != "relation": return spell(scene, qa.about)
     true = [r for r in RELATIONS if holds(qa.about[0], r, qa.about[1])]
-    if not stepwise: return f"{spell(scene, qa.about)}; {', '.join(true)}"
-    asked = next(r for r, words in RELATIONS.items() if any(f" {w} " in qa.question for w in words))
-    return f"{spell(scene, qa.about)}; {asked}? {next(r for r in true if _AXIS[r] == _AXIS[asked])}"
+    if not asked: return f"{spell(scene, qa.about)}; {', '.join(true)}"
+    word = next(r for r, words in RELATIONS.items() if any(f" {w} " in qa.question for w in words))
+    return f"{spell(scene, qa.about)}; {word}? {next(r for r in true if _AXIS[r] == _AXIS[word])}"

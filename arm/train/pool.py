@@ -58,7 +58,7 @@ class ShapesPool:
         progress:bool=True, # show a bar
         plan:float=0., # share of documents in which words come before the picture or the answer
         brief:bool=False, # plans of edits tell the change alone, see `edit_plan`
-        stepwise:bool=False, # notes before an answer go step by step, see `evidence`
+        asked:bool=False, # notes on relations repeat what was asked, see `evidence`
     ):
         self.items, self.plan = [], plan
         for k, (rows, cols) in enumerate(CANVASES):
@@ -71,7 +71,7 @@ class ShapesPool:
             for (s, e, g), c, t in zip(drawn, codes, targets):
                 say = lambda words: text.encode(say_in_guise(words, g))
                 self.items.append(((2 * rows, 2 * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
-                    [(say(q.question), say(evidence(s, q, stepwise)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e, brief))))
+                    [(say(q.question), say(evidence(s, q, asked)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e, brief))))
         self.describe = text.encode(DESCRIBE)
 
     def sample(self,

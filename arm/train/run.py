@@ -46,7 +46,7 @@ class RunConfig:
     factored:bool=False # codes in two halves that know nothing of each other, see `FactoredProjection`
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
-    stepwise:bool=False # notes before an answer go step by step, see `evidence`
+    asked:bool=False # notes on relations repeat what was asked, see `evidence`
     seed:int=0 # of everything
 
     @classmethod
@@ -255,7 +255,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, stepwise=run.stepwise) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder

@@ -25,7 +25,8 @@ def train_sft(
     batch:int=96, # documents per step
     scenes:int=40_000, # scenes in the pool
     plan:float=.9, # share of documents with words before the picture or the answer; 0 trains on as before
-    stepwise:bool=True, # notes before an answer go step by step, see `evidence`
+    asked:bool=True, # notes on relations repeat what was asked, see `evidence`
+    questions:float=1., # weight of questions among the documents on shapes, as a multiple of the first training's
     lr:float=1e-3, # peak learning rate
     hold:float=.3, # share of the steps at the full rate
     seed:int=1, # of scenes and batches; the first training has 0
@@ -36,15 +37,16 @@ def train_sft(
     if not 0 <= plan <= 1: raise ValueError(f"plan={plan}: a share of documents lies between 0 and 1")
     unknown = [w for w in worlds if w not in ("shapes", "openmoji")]
     if unknown or not worlds: raise ValueError(f"worlds {worlds!r}: name one or both of shapes, openmoji")
-    entry = dict(start=start.name, worlds=list(worlds), steps=steps, batch=batch, scenes=scenes, plan=plan, stepwise=stepwise, lr=lr, hold=hold, seed=seed)
+    entry = dict(start=start.parent.name if start.name == "model" else start.name, worlds=list(worlds), steps=steps, batch=batch, scenes=scenes, plan=plan, asked=asked, questions=questions, lr=lr, hold=hold, seed=seed)
     if (done / "config.json").exists():
         held = (Arm.from_pretrained(done).card.get("sft") or [None])[-1]
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
-    arm, run = Arm.from_pretrained(start), replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, stepwise=stepwise, seed=seed)
+    arm, run = Arm.from_pretrained(start), replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, asked=asked, seed=seed)
     L.seed_everything(seed, verbose=False)
     held = dict(zip(run.worlds, pools(run, arm.tokenizer, plan)))
-    draw = mixed_tokens([held[w] for w in worlds], arm.model.vocab, batch, seed, [Mixture.planned() if w == "shapes" else Mixture.openmoji() for w in worlds])
+    shares = replace(Mixture.planned(), qa=questions * Mixture.planned().qa)
+    draw = mixed_tokens([held[w] for w in worlds], arm.model.vocab, batch, seed, [shares if w == "shapes" else Mixture.openmoji() for w in worlds])
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, seed=0, plan=plan > 0)))
     fit(LitARM(arm.model, steps, lr=lr, hold=hold), draw, steps, Path(out) / "sft", "sft", samples=show, every=every)
