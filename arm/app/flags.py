@@ -36,8 +36,7 @@ def read_settings(argv: Sequence[str], # the words after the command
     "Read which stage to run, and its settings, from words and from a YAML file named by --config."
     from jsonargparse import ArgumentParser
     top = ArgumentParser(prog=prog, exit_on_error=False, description=about)
-    subs, switches = top.add_subcommands(dest="stage", title="stages", metavar="STAGE"), set()
-    lists = set()
+    subs, switches, lists = top.add_subcommands(dest="stage", title="stages", metavar="STAGE"), set(), set()
     for stage, fn in stages.items():
         p = ArgumentParser(exit_on_error=False, description=fn.__doc__)
         p.add_argument("--config", action="config", help="YAML file with these settings")

@@ -58,8 +58,9 @@ def supervised(
     cfg:PhaseConfig, # number of documents, seed
 ) -> Callable[[int, int, int], list[Batch]]: # documents by step
     "A stream of supervised documents from all worlds that the model was trained on."
-    known = tuple(arm.card.get("run", {}).get("worlds", worlds))
-    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=arm.card.get("sft", [{}])[-1].get("asked", False), seed=cfg.seed + 2)
+    trained = [arm.card.get("run", {}), *arm.card.get("sft", [])]
+    known = tuple(trained[0].get("worlds", worlds))
+    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=trained[-1].get("asked", False), seed=cfg.seed + 2)
     return mixed_tokens(pools(run, arm.tokenizer, .75 if arm.card["plan"] else 0.), arm.model.vocab, cfg.replay, cfg.seed + 2, REPLAY)
 
 # %% ../../nbs/64_rl.recipe.ipynb #58ed9f2e
