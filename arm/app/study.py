@@ -10,6 +10,7 @@ import csv, io, shutil
 from collections.abc import Callable
 from pathlib import Path
 import torch
+from filelock import Timeout
 from tqdm import tqdm
 from ..ablate import ablate
 from ..core import atomic_write, config_to_dict, load_json, save_json
@@ -21,7 +22,7 @@ from ..train.downstream import DOWNSTREAM_STUDIES
 from ..train.run import quiet
 from ..rl.study import RL_STUDIES, recipe_score
 from ..rl.trials import TRIAL_STUDIES, trial_score
-from ..train.study import RECORD, STUDIES as TOKENIZER_STUDIES, Study, row_folder
+from ..train.study import RECORD, STUDIES as TOKENIZER_STUDIES, Study, claimed, row_folder
 
 # %% ../../nbs/91a_app.study.ipynb #3ac4f70b
 def place(
@@ -124,29 +125,33 @@ def run_study(
         return final
     if steps: study = Study(**vars(study) | dict(variants={k: v.shorter(steps) for k, v in study.variants.items()}))
     judge = score or SCORES[study.scored_by]()
-    jobs = [row_folder(config, seed, rows) for config in study.variants.values() for seed in range(seeds)]
+    jobs = {row_folder(config, seed, rows): (config, seed) for config in study.variants.values() for seed in range(seeds)}
     stash = Stash(Path(record) / "unfinished" / name if final.parent == Path(record) else None)
     for job in jobs: stash.fetch(job)
-    with tqdm(total=len(jobs), initial=sum((j / "row.json").exists() for j in jobs), desc=f"study {name}", unit="row", smoothing=0, disable=quiet()) as bar:
-        def train(config, seed):
-            job = row_folder(config, seed, rows)
-            new = not (job / "row.json").exists()
-            row = study.row(config, seed, rows, judge)
-            stash.keep(job)
-            bar.update(new)
-            return row
-        ablate(study.variants, train, seeds=seeds, path=home / f"{final.stem}-part.csv")
+    with tqdm(total=len(jobs), desc=f"study {name}", unit="row", smoothing=0, disable=quiet()) as bar:
+        bar.initial = bar.n = sum((job / "row.json").exists() for job in jobs)
+        for wait in (False, True): # first what nobody works on, then what others have not finished
+            for job, (config, seed) in jobs.items():
+                try:
+                    with claimed(job, wait): study.row(config, seed, rows, judge)
+                except Timeout: continue
+                stash.keep(job)
+                bar.update(sum((job / "row.json").exists() for job in jobs) - bar.n)
     command = f"arm study {name}" + (f" --seeds {seeds}" if seeds != 3 else "") + (f" --steps {steps}" if steps else "")
-    points = gather(study, rows, seeds)
-    if points.count("\n") > 1: atomic_write(final.with_name(f"{final.stem}-points.csv"), points) # some studies have no curves
-    save_json(final.with_suffix(".json"), dict(name=name, question=study.question, command=command, seeds=list(range(seeds)), torch=torch.__version__,
-                                               variants={k: config_to_dict(v) for k, v in study.variants.items()}))
-    part = home / f"{final.stem}-part.csv"
-    atomic_write(final, part.read_text())
-    part.unlink()
-    stash.clear()
+    with claimed(home / final.stem):
+        if final.exists(): return final # another process was first
+        part = home / f"{final.stem}-part.csv"
+        ablate(study.variants, lambda config, seed: study.row(config, seed, rows, judge), seeds=seeds, path=part)
+        points = gather(study, rows, seeds)
+        if points.count("\n") > 1: atomic_write(final.with_name(f"{final.stem}-points.csv"), points) # some studies have no curves
+        save_json(final.with_suffix(".json"), dict(name=name, question=study.question, command=command, seeds=list(range(seeds)), torch=torch.__version__,
+                                                   variants={k: config_to_dict(v) for k, v in study.variants.items()}))
+        atomic_write(final, part.read_text())
+        part.unlink()
+        stash.clear()
     print(f"study {name}: {len(jobs)} rows in {final}")
     return final
+
 
 # %% ../../nbs/91a_app.study.ipynb #e7c09615
 def study(

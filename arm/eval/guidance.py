@@ -16,7 +16,7 @@ from ..data.shapes import CELL, render
 from .shapes import ShapesItems, judged_drawings, judged_edits, pictures, readings, shapes_items
 from ..model.tasks import Arm
 from ..train.downstream import Downstream, train_downstream
-from ..train.study import Study, Variant, asked, row_folder
+from ..train.study import EVEN, Study, Variant, asked, published, row_folder
 
 # %% ../../nbs/55a_eval.guidance.ipynb #725e6aaf
 SCALES = (1., 1.5, 2., 3., 4.) # of guidance by the text
@@ -67,7 +67,7 @@ def _blind(variant):
 GUIDANCE_STUDIES:dict[str, Study] = {
     "guidance": Study(question="Do codes with a meaning need less guidance than codes that only paint?", row=train_downstream, scored_by="guidance", variants={
         name: Downstream(variant=v, arm_steps=800, plan=0.)
-        for name, v in {"four objectives": Variant(), "pixels alone, of features": asked("pix"), "pixels alone, of pixels": _blind(asked("pix"))}.items()}),
+        for name, v in {"four objectives": Variant(tokenizer=published(EVEN)), "pixels alone, of features": asked("pix"), "pixels alone, of pixels": _blind(asked("pix"))}.items()}),
 }
 
 # %% ../../nbs/55a_eval.guidance.ipynb #d7f3a9d0

@@ -20,7 +20,7 @@ from ..tokenizer.siglip import SiglipTowers
 from .arm import LitARM
 from .pool import Mixture, ShapesPool, mixed_tokens
 from .run import fit, load_teacher, quiet
-from .study import STUDIES, Study, Variant, build, row_folder, train_variant
+from .study import STUDIES, Study, Variant, build, claimed, row_folder, train_variant
 
 # %% ../../nbs/45b_train.downstream.ipynb #ac40e86a
 class Sighted(nn.Module):
@@ -85,8 +85,11 @@ def train_downstream(
     "One row: a tokenizer, and a transformer on its codes; what is finished is read from its note."
     path, v = row_folder(config, seed, out), config.variant
     if (path / "row.json").exists(): return load_json(path / "row.json")["row"]
-    row = train_variant(v, seed, out, score)
-    tokenizer, weights = build(v, seed), row_folder(v, seed, out) / "tokenizer.safetensors"
+    weights = row_folder(v, seed, out) / "tokenizer.safetensors"
+    with claimed(weights.parent):
+        if not weights.exists(): (weights.parent / "row.json").unlink(missing_ok=True) # a note that was trained elsewhere comes without weights
+        row = train_variant(v, seed, out, score)
+    tokenizer = build(v, seed)
     load_weights(tokenizer, load_tensors(weights), source=weights)
     arm = row_arm(config, seed, Sighted(tokenizer.eval(), load_teacher(Path(out) / f"judges-{v.teacher_steps}x{v.teacher_batch}")[0]), path)
     row |= score(arm)
