@@ -67,7 +67,7 @@ def _study(args):
 
 def _add_study(command):
     p = command("study", _study, "run a recorded study again, or what is left of it", ["objectives", "bits --steps 20 --seeds 1 --out runs/try"])
-    p.add_argument("name", help="which one: objectives, weights, bits, quantizers, designs, downstream, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, kl, trials")
+    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, kl, trials")
     p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
     p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
     p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")
@@ -89,12 +89,13 @@ def _add_plan(command):
 def _recipe(args):
     out = writable(args.out, kind="folder")
     from arm.rl.recipe import grpo_recipe
-    print(f"done: {grpo_recipe(str(out), str(args.model), steps=args.steps, seed=args.seed)}")
+    print(f"done: {grpo_recipe(str(out), str(args.model), steps=args.steps, words=args.words, seed=args.seed)}")
 
 def _add_recipe(command):
     p = command("recipe", _recipe, "reinforcement learning in three phases: text to image, edits, both", ["", "--steps 100 --out runs/try"])
     p.add_argument("--model", default=str(START), metavar="DIR", help="model folder to start from (default: data/models/tiny)")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="same seed, same result (default 0)")
+    p.add_argument("--words", action="store_true", help="learn from the words before a picture, too; each drawing has its own")
     p.add_argument("--out", default="runs/recipe", metavar="DIR", help="folder of the run; the model lands in DIR/joint/model (default runs/recipe)")
     p.add_argument("--steps", type=number(int, 1, 10**7), default=480, metavar="N", help="updates of each phase (default 480)")
 

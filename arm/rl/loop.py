@@ -137,7 +137,9 @@ class GRPOParts(L.LightningModule):
     ):
         super().__init__()
         if temperature <= 0: raise ValueError(f"temperature={temperature}: a greedy policy draws one picture, and a group of equal pictures teaches nothing; use a temperature above 0")
-        branches(guidance, mode, False) # refuses an unknown mode
+        known = all("full" in branches(guidance, mode, edit)[1] for edit in (False, True)) # refuses an unknown mode
+        if words and not known:
+            raise ValueError(f"words=True with text_scale={guidance.text_scale} and image_scale={guidance.image_scale}: no branch reads the whole prompt, so the words before a picture have no probability; use scales above 0, or words=False")
         self.model, self.tokenizer, self.cfg, self.temperature, self.guidance, self.mode, self.part_rows = model, freeze(tokenizer), cfg, temperature, guidance, mode, part_rows
         self.words = words
         self.ref = freeze(copy.deepcopy(model)) if cfg.beta else None

@@ -138,11 +138,12 @@ def grpo_recipe(
     seed:int=0, # of items and drawings
     n_prompts:int=16, # items per rollout
     num_generations:int=16, # samples per item
+    words:bool=False, # learn from the words before a picture, too: each drawing has its own
     replay:int=32, # supervised documents beside each update
 ) -> Path: # the last model folder
     "Text to image, then edits, then both (ARM sec. 5, as reported); a broken-off recipe goes on where it stood."
     if len(set(phases)) != len(phases) or not phases: raise ValueError(f"phases {phases!r}: each phase has a folder of its own name; name each once, and at least one")
     for phase in phases:
-        train_grpo(str(Path(out) / phase), phase, model, steps=steps, n_prompts=n_prompts, num_generations=num_generations, replay=replay, seed=seed)
+        train_grpo(str(Path(out) / phase), phase, model, steps=steps, n_prompts=n_prompts, num_generations=num_generations, words=words, replay=replay, seed=seed)
         model = str(Path(out) / phase / "model")
     return Path(model)

@@ -112,7 +112,7 @@ class Sketcher(nn.Module):
         features:Tensor|None=None, # not used: the codes are made of pixels
     ) -> Tensor: # (B, N, Q) latents before quantisation
         "Latents of each patch."
-        return self.staged(images)[0]
+        return self.staged(images, draw=False)[0]
 
 # %% ../../nbs/24_tokenizer.model.ipynb #59644721
 class StagedProjection(Sketcher):
@@ -129,6 +129,7 @@ class StagedProjection(Sketcher):
     def staged(self,
         images:Tensor, # (B, 3, H, W) in [-1, 1]
         n_channel:int=0, # stop after the stage that makes it so many channels; 0: all stages
+        draw:bool=True, # False: no sketch that the latents do not need
     ) -> tuple[Tensor, list[Tensor]]: # latents (B, N, channels so far) and one sketch (B, N, 3·patch·patch) per stage
         "Latents of each patch, and what could be painted after each stage."
         x = patchify(images.float(), self.patch)
@@ -137,6 +138,7 @@ class StagedProjection(Sketcher):
             at = sum(self.sizes[:g])
             latents.append(stage(torch.cat([h, left, codes], -1)).float())
             codes = torch.cat([codes[..., :at], quantize(latents[-1], self.levels[at:at + k]), codes[..., at + k:]], -1)
+            if not draw and g == len(self.sizes) - 1: break
             sketches.append(self.sketch(codes, g))
             left = x - sketches[-1].detach()
             if n_channel and at + k >= n_channel: break
@@ -157,6 +159,7 @@ class FactoredProjection(Sketcher):
 
     def staged(self,
         images:Tensor, # (B, 3, H, W) in [-1, 1]
+        draw:bool=True, # False: no sketches, the latents do not need them
     ) -> tuple[Tensor, list[Tensor]]: # latents (B, N, Q) and one sketch (B, N, 3·patch·patch) per stage
         "Latents of each patch, and what could be painted after each stage."
         x, first = patchify(images.float(), self.patch), self.sizes[0]
@@ -165,7 +168,7 @@ class FactoredProjection(Sketcher):
             at = sum(self.sizes[:g])
             latents.append(stage(torch.cat([h, codes[..., first:]], -1) if g else self.drawing(arrangement(x)).float()).float())
             codes = torch.cat([codes[..., :at], quantize(latents[-1], self.levels[at:at + k]), codes[..., at + k:]], -1)
-            sketches.append(self.sketch(codes, g))
+            if draw: sketches.append(self.sketch(codes, g))
         return torch.cat(latents, -1), sketches
 
 # %% ../../nbs/24_tokenizer.model.ipynb #348a1180
