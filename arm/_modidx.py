@@ -261,6 +261,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'arm.core.make_rng': ('core.html#make_rng', 'arm/core.py'),
                           'arm.core.pick_device': ('core.html#pick_device', 'arm/core.py'),
                           'arm.core.pick_precision': ('core.html#pick_precision', 'arm/core.py'),
+                          'arm.core.same_settings': ('core.html#same_settings', 'arm/core.py'),
                           'arm.core.save_json': ('core.html#save_json', 'arm/core.py'),
                           'arm.core.save_tensors': ('core.html#save_tensors', 'arm/core.py'),
                           'arm.core.seeded': ('core.html#seeded', 'arm/core.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stable_hash', 'make_rng', 'make_generator', 'seeded', 'atomic_path', 'atomic_write', 'save_json', 'load_json',
            'save_tensors', 'load_tensors', 'load_metadata', 'load_weights', 'count_parameters', 'config_to_dict',
-           'config_from_dict', 'pick_device', 'pick_precision', 'to_float', 'to_uint8', 'to_pil']
+           'config_from_dict', 'same_settings', 'pick_device', 'pick_precision', 'to_float', 'to_uint8', 'to_pil']
 
 # %% ../nbs/00_core.ipynb #5c5416b2
 import dataclasses, difflib, hashlib, json, os, random, secrets, types, typing
@@ -186,6 +186,21 @@ def config_from_dict(cls: type, # the dataclass to build
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{cls.__name__} needs the field {name!r}; add it to the configuration")
     return cls(**{name: _fit(value, kinds[name], f"{cls.__name__}.{name}") for name, value in data.items()})
+
+# %% ../nbs/00_core.ipynb #d0c31822
+def same_settings(folder: str | Path, # of a run, new or not
+                  settings: object, # what its result depends on: a dictionary of plain data, or a config
+                  *names: str, # which fields of it; none: all
+                  done: str = "done.json", # the file or folder that is there when the run is finished
+                  ) -> bool: # is it finished?
+    "Note what a folder is trained with; one that was begun with other settings raises `ValueError`."
+    note, asked = Path(folder)/"settings.json", settings if isinstance(settings, dict) else config_to_dict(settings)
+    asked = json.loads(json.dumps({k: v for k, v in asked.items() if k in names or not names}))
+    held = load_json(note) if note.exists() and any((note.parent/f).exists() for f in ("last.ckpt", "last.json", done)) else asked # what left nothing binds nobody
+    if other := [f"{k}={held.get(k)!r}, not {asked.get(k)!r}" for k in {**held, **asked} if held.get(k) != asked.get(k)]:
+        raise ValueError(f"{folder} holds a run with {'; '.join(other)}; ask for what it was begun with to go on, give another folder with --out, or move that one away")
+    if not note.exists() or load_json(note) != asked: save_json(note, asked)
+    return (note.parent/done).exists()
 
 # %% ../nbs/00_core.ipynb #4270156d
 def pick_device(name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator if there is one

@@ -27,9 +27,11 @@ from ..tokenizer.siglip import SiglipTowers
 # %% ../../nbs/56_eval.tokenizer.ipynb #2decb1b8
 @dataclass(frozen=True)
 class Cases:
-    "Held-out pictures of one canvas, and what is asked about them."
+    "Held-out pictures of one canvas, what is asked about them, and pictures to learn a probe on."
     single: Tensor        # (B, 3, H, W) one object each, in [-1, 1]
     labels: Tensor        # (B,) int64, which of `classes`
+    practice: Tensor      # (B, 3, H, W) one object each, of the split "train"
+    practised: Tensor     # (B,) int64, their classes
     classes: list[str]    # "a red circle" and so on
     images: Tensor        # (B, 3, H, W) two objects each
     captions: list[str]   # one per picture, all different
@@ -41,18 +43,18 @@ def make_cases(
     n: int = 256,                        # pictures of each kind
     seed: int = 0,                       # of the choice
     canvas: tuple[int, int] = (3, 3),    # (rows, columns) of cells
-) -> Cases:                              # from the split "val"
+) -> Cases:                              # from the split "val", but for `practice`
     "Draw the questions; equal arguments give equal questions."
-    if n < 2: raise ValueError(f"n={n}: half of the pictures train a probe and half test it; take at least 2")
-    rng, scenes = make_rng(seed, "cases"), {}
+    if n < 2: raise ValueError(f"n={n}: half of the pictures fit the probe of pixels and half test it; take at least 2")
+    rng, extra, scenes = make_rng(seed, "cases"), make_rng(seed, "cases", "practice"), {}
     draw = lambda scenes: to_float(torch.stack([render(s) for s in scenes]))
-    one = [sample_scene(rng, canvas=canvas, n_objects=1, split="val") for _ in range(n)]
+    kinds = lambda scenes: torch.tensor([SEEN_PAIRS.index((s.objs[0].color, s.objs[0].shape)) for s in scenes])
+    one, other = ([sample_scene(r, canvas=canvas, n_objects=1, split=split) for _ in range(n)] for r, split in ((rng, "val"), (extra, "train")))
     while len(scenes) < n:
         scene = sample_scene(rng, canvas=canvas, n_objects=2, split="val")
         scenes[full_caption(scene)] = scene
     edits = [sample_edit(rng, canvas=canvas, split="val") for _ in range(n)]
-    labels = torch.tensor([SEEN_PAIRS.index((s.objs[0].color, s.objs[0].shape)) for s in one])
-    return Cases(draw(one), labels, [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}" for c, s in SEEN_PAIRS], draw(scenes.values()), list(scenes), list(scenes.values()),
+    return Cases(draw(one), kinds(one), draw(other), kinds(other), [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}" for c, s in SEEN_PAIRS], draw(scenes.values()), list(scenes), list(scenes.values()),
                  draw([s for s, _ in edits]), draw([e.target for _, e in edits]))
 
 # %% ../../nbs/56_eval.tokenizer.ipynb #37475758
@@ -111,23 +113,24 @@ def retrieval(
 
 # %% ../../nbs/56_eval.tokenizer.ipynb #92871381
 def linear_probe(
-    features: Tensor,  # (B, D) frozen, one row per picture
-    labels: Tensor,    # (B,) int64 classes
-    n_class: int,      # number of classes
+    features: Tensor,     # (A, D) frozen, one row per picture, to learn on
+    labels: Tensor,       # (A,) int64 classes
+    asked: Tensor,        # (B, D) the same of other pictures, to test on
+    right: Tensor,        # (B,) int64 classes
+    n_class: int,         # number of classes
     *,
-    steps: int = 200,  # of AdamW on the whole training half
-    seed: int = 0,     # of the start
-) -> float:            # share right on the second half
-    "Accuracy of a new linear head, trained on the first half of the pictures (arXiv 1610.01644)."
-    x, half = features.detach().float(), len(features) // 2
-    x = (x - x[:half].mean(0)) / x[:half].std(0, correction=0).clamp_min(1e-4)
+    steps: int = 200,     # of AdamW on all rows at once
+    seed: int = 0,        # of the start
+) -> float:               # share right
+    "Accuracy of a new linear head on pictures that it was not trained on (arXiv 1610.01644)."
+    x, mean, sd = features.detach().float(), features.float().mean(0), features.float().std(0, correction=0).clamp_min(1e-4)
     with seeded(seed, "probe"): head = nn.Linear(x.shape[1], n_class)
     opt = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2)
     with torch.enable_grad():
         for _ in range(steps):
-            loss = F.cross_entropy(head(x[:half]), labels[:half])
+            loss = F.cross_entropy(head((x - mean) / sd), labels)
             opt.zero_grad(); loss.backward(); opt.step()
-    with torch.no_grad(): return float((head(x[half:]).argmax(-1) == labels[half:]).float().mean())
+    with torch.no_grad(): return float((head((asked.float() - mean) / sd).argmax(-1) == right).float().mean())
 
 # %% ../../nbs/56_eval.tokenizer.ipynb #bf612ba8
 def pixel_probe(
@@ -186,14 +189,14 @@ def score_tokenizer(
 ) -> dict[str, float]:             # score -> value, the same keys for every tokenizer
     "Everything that a study asks of a tokenizer."
     patch, grid = tokenizer.cfg.patch_size, tokenizer.grid(cases.images)
-    single, seen, source, target = (look(tokenizer, towers, x) for x in (cases.single, cases.images, cases.source, cases.target))
+    single, practice, seen, source, target = (look(tokenizer, towers, x) for x in (cases.single, cases.practice, cases.images, cases.source, cases.target))
+    probe = lambda a, b: linear_probe(a.mean(1), cases.practised, b.mean(1), cases.labels, len(cases.classes), seed=seed)
     words = lambda w: embed_words(towers, text, w)
     painted = tokenizer.decode(seen.indices, grid, steps=steps, seed=seed)
     return dict(
         zero_shot=zero_shot(embed_pictures(tokenizer, towers, single.up, pool), words(cases.classes), cases.labels),
         **retrieval(embed_pictures(tokenizer, towers, seen.up, pool), words(cases.captions)),
-        probe=linear_probe(single.up.mean(1), cases.labels, len(cases.classes), seed=seed),
-        probe_codes=linear_probe(single.codes.mean(1), cases.labels, len(cases.classes), seed=seed),
+        probe=probe(practice.up, single.up), probe_codes=probe(practice.codes, single.codes),
         psnr=float(psnr(painted, cases.images).mean()), ssim=ssim(painted, cases.images), scene=scenes_kept(painted, cases.scenes),
         pixel_probe=pixel_probe(seen.codes, cases.images, patch),
         **usage(seen.codes, seen.indices, tokenizer.fsq.codebook_size),

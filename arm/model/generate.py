@@ -189,7 +189,10 @@ def in_dtype(
     dtype: torch.dtype | None, # None keeps the model's own
 ) -> ARM: # the model itself, or a copy in that precision
     "The model in the precision that generation wants."
-    return model if dtype is None or next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
+    if dtype is None or next(model.parameters()).dtype == dtype: return model
+    twin = copy.deepcopy(model).to(dtype)
+    for m in twin.modules(): m.__dict__.pop("forward", None) # a compiled forward would still be that of the original
+    return twin
 
 # %% ../../nbs/33_model.generate.ipynb #362ecd4a
 @torch.inference_mode()
@@ -266,7 +269,7 @@ def generate_text(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for chunk in (order[a:a + batch_size] for a in range(0, len(order), batch_size)):
         ids = torch.empty(len(chunk), 0, dtype=torch.long) # what is left if nothing is asked for
-        for ids in text_steps(model, [prompts[i] for i in chunk], max_new, sampling, [seeds[i] for i in chunk]): pass
+        for ids in () if max_new < 1 else text_steps(model, [prompts[i] for i in chunk], max_new, sampling, [seeds[i] for i in chunk]): pass
         out |= zip(chunk, until_end(ids, model.vocab))
     return [out[i] for i in range(len(prompts))]
 

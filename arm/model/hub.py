@@ -265,6 +265,6 @@ def load_hub(
     model = fill(empty_model(cfg, dtype, device), hub_tensors(folder), folder)
     if rest.is_file(): return set_rest(model, load_tensors(rest), rest)
     eos = config.get("eos_token_id")
-    grown = grow(model, bos=config.get("bos_token_id"), eos=eos[0] if isinstance(eos, list) and eos else eos or None, seed=(growth or Growth()).seed)
+    grown = grow(model, bos=config.get("bos_token_id"), eos=(eos[0] if eos else None) if isinstance(eos, list) else eos, seed=(growth or Growth()).seed)
     assert grown | {p.name for p in hub_names(cfg).values()} == set(model.state_dict())
     return model

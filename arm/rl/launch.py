@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 import numpy as np, torch
 from torch import Tensor
+from ..core import same_settings
 from ..data.openmoji import DATA
 from ..data.pictures import fit_picture, open_picture
 from ..data.text import TextTokenizer
@@ -205,7 +206,8 @@ def train_rl(
         if here.rank == 0: print(say_rl(p, phase, f"{gpus} x {gpu}", steps, n_prompts * num_generations) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet"))
         return
     seats(gpus, here)
-    if (out / "model").exists(): return
+    if same_settings(out, dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta,
+                               updates=updates, seed=seed, bf16=bf16), done="model"): return
     (cfg, read), tokenizer = read_start(base, Growth()), Arm.from_pretrained(painter or DATA / "models" / "tiny").tokenizer
     if 2**cfg.n_bits != tokenizer.fsq.codebook_size: raise ValueError(f"painter={painter!r} has {tokenizer.fsq.codebook_size} codes, {base} {2**cfg.n_bits}; take the tokenizer that the model was trained with")
     items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts")

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed as dist
 
 from ..model.generate import Guidance, Sampling, generate_images, mixer, write_plans
 from ..model.sequence import IGNORE, Batch, ImagePrompt
@@ -234,20 +234,23 @@ class DrawnGRPO(GRPOUpdate):
         for task in sorted(set(held.tasks)):
             means = part_means([r for r, t in zip(held.rewards, held.tasks) if t == task])
             self.log_dict({f"{task}_{k}": v for k, v in means.items()}, prog_bar=False)
-        self.log("reward", part_means(held.rewards)["total"], prog_bar=True)
+        if "total" in (means := part_means(held.rewards)): self.log("reward", means["total"], prog_bar=True) # a judge that is away leaves none
         return held
 
     def again(self, items:list[Item]) -> Rollout:
         "The drawings that a checkpoint kept."
-        G = self.cfg.num_generations
-        prompts = [replace(i.prompt, plan=words) for i, words in zip([i for i in items for _ in range(G)], self.saved["plans"], strict=True)]
-        return Rollout(prompts, [i.task for i in items for _ in range(G)], list(self.saved["codes"]), self.saved["advantages"], old=self.saved["old"])
+        G, (rank, world) = self.cfg.num_generations, processes(self)
+        if len(self.saved) != world: raise ValueError(f"the checkpoint of step {self.global_step} holds drawings of {len(self.saved)} processes, and there are {world}; go on with as many, or from a checkpoint between rollouts")
+        kept = self.saved[rank]
+        prompts = [replace(i.prompt, plan=words) for i, words in zip([i for i in items for _ in range(G)], kept["plans"], strict=True)]
+        return Rollout(prompts, [i.task for i in items for _ in range(G)], list(kept["codes"]), kept["advantages"], old=kept["old"])
 
     def on_save_checkpoint(self, checkpoint:dict) -> None:
-        "Drawings that still have updates to come belong to the state."
-        if self.held is not None and self.global_step % self.updates: 
-            checkpoint["rollout"] = dict(codes=self.held.codes, advantages=self.held.advantages, old=self.held.old,
-                                         plans=[p.plan for p in self.held.prompts])
+        "Drawings that still have updates to come belong to the state, those of every process."
+        if self.held is None or not self.global_step % self.updates: return
+        own = dict(codes=self.held.codes, advantages=self.held.advantages, old=self.held.old, plans=[p.plan for p in self.held.prompts])
+        checkpoint["rollout"] = [own] * (world := processes(self)[1])
+        if world > 1: dist.all_gather_object(checkpoint["rollout"], own)
 
     def on_load_checkpoint(self, checkpoint:dict) -> None: self.saved = checkpoint.get("rollout")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import config_to_dict, pick_precision
+from ..core import config_to_dict, pick_precision, same_settings
 from ..data.openmoji import DATA, load_openmoji
 from ..model.generate import Guidance
 from ..model.tasks import Arm
@@ -123,6 +123,7 @@ def train_grpo(
         held = (Arm.from_pretrained(done).card.get("rl") or [None])[-1]
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
+    same_settings(Path(out) / f"grpo-{phase}", entry)
     arm = Arm.from_pretrained(start)
     run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(rl=[*arm.card.get("rl", []), entry])

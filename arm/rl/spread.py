@@ -112,7 +112,7 @@ class SpreadGRPO(GRPOPieces):
 
     def update_loss(self, held:Rollout, m:int=0) -> tuple[Tensor, dict[str, Tensor]]:
         "Piece m of GRPO's loss, scaled so that the mean over pieces and processes is the loss of all samples."
-        device, sizes = self.device, torch.tensor([len(c) for c in held.codes])
+        device, sizes = self.device, self.lengths(held)
         everything = live_mask(torch.arange(int(sizes.max())) < sizes[:, None], held.advantages)
         below, loss, logs = self.whole(denominator(everything, self.cfg.loss_type, self.cfg.max_tokens).to(device).float()), 0., []
         for rows in self.parts(held)[m::self.accumulate]:

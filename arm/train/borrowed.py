@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 import lightning as L, torch
 from torch import Tensor
-from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, save_json, save_tensors
+from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, same_settings, save_json, save_tensors
 from ..data.pictures import fit_picture
 from ..tokenizer.losses import caption_loss, feature_loss
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
@@ -133,6 +133,7 @@ def train_codes(
 ) -> None:
     "The published tokenizer on judges from folders; a broken-off run goes on from its checkpoint."
     done = Path(out) / "codes"
+    same_settings(Path(out) / "training", dict(siglip=str(siglip), reader=str(reader), data=data, preset=preset, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16))
     if (done / "tokenizer.json").exists(): return
     judges = load_towers(siglip), load_reader(reader)
     n = side // judges[0].patch_size

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 import torch
-from ..core import config_from_dict, load_json, load_metadata, make_rng
+from ..core import config_from_dict, load_json, load_metadata, make_rng, same_settings
 from ..data.openmoji import DATA
 from ..data.pictures import fit_picture
 from ..data.text import TextTokenizer
@@ -242,7 +242,8 @@ def train_stage(
         if here.rank == 0: print(say_plan(stage_plan(stage, read_start(base, growth)[0] if known else ARMConfig.paper(), sharding, rows, row, steps, accumulate, gpu)) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet"))
         return
     seats(gpus, here)
-    if (out / "model").exists(): return
+    if same_settings(out, dict(stage=stage, base=str(base), data=data, painter=str(painter), mixture=mixture or PT, steps=steps, rows=rows, row=row, lr=lr, warmup=warmup, hold=hold, weight_decay=weight_decay, drop=drop,
+                               groups=groups, seed=seed, bf16=bf16), done="model"): return
     cfg, read = read_start(base, growth)
     draw = open_rows(data, painter, TextTokenizer.from_pretrained(base), cfg.vocab, mixture or PT, rows, row, sharding.groups * accumulate, drop, seed, out / "skipped.log")
     module = StageARM(shapes_of(cfg), steps, lr=lr, weight_decay=weight_decay, hold=hold, optimizer="adamw")

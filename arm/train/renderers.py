@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import lightning as L, torch
 from torch import Tensor, nn
-from ..core import load_tensors, load_weights, make_rng
+from ..core import load_tensors, load_weights, make_rng, same_settings
 from ..tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, Renderer, flow_loss, painter_loss, reflow_ends, save_renderer, time_shift
 from ..tokenizer.model import VisualTokenizer, flip_bits
 from ..tokenizer.siglip import freeze
@@ -187,7 +187,7 @@ class RendererStage:
     ) -> nn.Module: # `network`
         "Train a stage, or read what it left."
         path, n = self.out / stage, module.n_steps
-        if (path / "done.json").exists(): return load_weights(network, load_tensors(folder(self.out, stage) / "network.safetensors"), source=path).eval()
+        if same_settings(path, dict(steps=n, batch=self.run.batch, seed=self.seed, worlds=len(self.streams))): return load_weights(network, load_tensors(folder(self.out, stage) / "network.safetensors"), source=path).eval()
         fit(module, mixed_pictures(self.streams, self.run.batch, self.seed + turn), n, path, stage, samples=lambda: torch.cat([self.look, draw().clamp(-1, 1)]), every=self.every)
         close()
         finish(path, dict(network=network), n)

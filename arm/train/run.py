@@ -16,7 +16,7 @@ import lightning as L, torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from ..core import atomic_path, config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_precision, save_json, save_tensors, to_pil
+from ..core import atomic_path, config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_precision, same_settings, save_json, save_tensors, to_pil
 from ..data.openmoji import load_openmoji
 from ..data.text import default_tokenizer
 from ..model.tasks import Arm
@@ -194,7 +194,7 @@ def train_teacher(
     "Stage 1: SigLIP towers and caption reader."
     run = run_config(quick, steps, batch)
     path, n, text = Path(out) / "teacher", run.teacher_steps, default_tokenizer()
-    if (path / "done.json").exists(): return
+    if same_settings(path, run, "worlds", "teacher_steps", "teacher_batch", "seed"): return
     L.seed_everything(run.seed, verbose=False)
     module = LitTeacher(SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny()), text, n)
     fit(module, mixed_pictures(pictures(run, disguised=0.), run.teacher_batch, run.seed), n, path, "teacher", every=every)
@@ -223,7 +223,7 @@ def train_tokenizer(
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
     run = run_config(quick, steps, batch)
     path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
-    if (path / "done.json").exists(): return
+    if same_settings(path, run, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed"): return
     n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
     towers, reader = load_teacher(out)
@@ -269,7 +269,7 @@ def train_arm(
     "Stage 4: the transformer, on the codes of stage 2."
     run = run_config(quick, steps, batch, scenes)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    if (path / "done.json").exists(): return
+    if same_settings(path, run, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "seed"): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))

@@ -9,6 +9,7 @@ __all__ = ['train_sft']
 from dataclasses import replace
 from pathlib import Path
 import lightning as L, torch
+from ..core import same_settings
 from ..data.openmoji import DATA
 from ..model.tasks import Arm
 from .arm import LitARM
@@ -42,6 +43,7 @@ def train_sft(
         held = (Arm.from_pretrained(done).card.get("sft") or [None])[-1]
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
+    same_settings(Path(out) / "sft", entry)
     arm, run = Arm.from_pretrained(start), replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, asked=asked, seed=seed)
     L.seed_everything(seed, verbose=False)
     held = dict(zip(run.worlds, pools(run, arm.tokenizer, plan)))

@@ -153,13 +153,16 @@ def scan(
     path:str|Path, # a tar file
 ) -> tuple[list[Entry], Counter]: # its samples; what is wrong with others, by reason
     "Look through a shard from front to back, as far as its headers, words and checksums."
-    bad, groups, entries, fd = Counter(), {}, [], os.open(path, os.O_RDONLY)
+    bad, groups, entries, fd = Counter(), [], [], os.open(path, os.O_RDONLY)
     try:
         for name, start, n in members(fd, os.fstat(fd).st_size, bad):
             folder, slash, file = name.rpartition("/")
             key, dot, suffix = file.partition(".")
-            if dot and not key.startswith("__"): groups.setdefault(folder + slash + key, {}).setdefault(suffix.lower(), (start, n))
-        for key, parts in groups.items():
+            if not dot or key.startswith("__"): continue
+            key, suffix = folder + slash + key, suffix.lower()
+            if not groups or groups[-1][0] != key or suffix in groups[-1][1]: groups.append((key, {})) # joined files may repeat their keys
+            groups[-1][1][suffix] = (start, n)
+        for key, parts in groups:
             try:
                 raw = read_parts(fd, parts)
                 entries.append(Entry(key, read_words(raw)[0], _crc(raw), parts))

@@ -136,10 +136,11 @@ class Spread(Pieces):
         if self.ready: return
         self.ready, s, mesh = True, self.sharding, self.device_mesh
         if s.sharded: self.prepare()
+        else: self.fill() # the network may be another one afterwards, whose blocks are to be wrapped
         for b in self.repeated():
             if self.backend: b.forward = torch.compile(b.forward, backend=self.backend, dynamic=self.dynamic) # packed rows have one length
             if s.checkpointing and any(p.requires_grad for p in b.parameters()): b.forward = partial(checkpoint, b.forward, use_reentrant=False)
-        if not s.sharded: return self.fill()
+        if not s.sharded: return
         for trunk in self.trunks() if s.tp > 1 else (): share_blocks(trunk, mesh["tensor_parallel"])
         how = dict(mesh=mesh["data_parallel"], mp_policy=self.policy())
         for b in self.repeated(): fully_shard(b, **how)
