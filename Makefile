@@ -51,8 +51,8 @@ readme: $(INSTALLED) ## render README.md from nbs/index.ipynb as it is stored
 
 train: $(INSTALLED) ## train the shipped weights from scratch, first stage, fine-tuning, reinforcement: hours on 2 cores
 	$(BIN)/arm train all --out runs/tiny
-	$(BIN)/arm train sft --out runs/sft --model runs/tiny/model --worlds shapes,openmoji --steps 300 --questions 8 --hold .7
-	$(BIN)/arm train grpo --out runs/rl --model runs/sft/model --worlds shapes,openmoji --steps 170 --words
+	$(BIN)/arm train sft --out runs/sft --model runs/tiny/model --worlds shapes,openmoji --steps 500 --questions 6 --worn .3 --hold .7
+	$(BIN)/arm train grpo --out runs/rl --model runs/sft/model --worlds shapes,openmoji --steps 260 --words
 
 quick: $(INSTALLED) ## train the whole chain on shapes alone, a much shorter run
 	$(BIN)/arm train all --quick

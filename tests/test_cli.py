@@ -406,6 +406,26 @@ def test_a_study_goes_on_and_a_finished_one_is_left_alone(here, monkeypatch):
 
 # ---- help, scores, demo -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("name", ["gqa", "vqav2", "seed", "mmmu", "pope", "mme", "mmbench"])
+def test_files_of_another_benchmark_are_refused_in_one_line(name, tmp_path):
+    for k, text in enumerate(('[{"question_id": 1, "odd": [2]}]', '{"a": {"b": 1}}', '{"question_id": 1}\n{"question_id": 2}\n')):
+        (tmp_path/f"{k}.json").write_text(text)
+        for paths in ([f"{k}.json"], [f"{k}.json", "0.json"], ["1.json", f"{k}.json"]):
+            refusal(*run("score", name, *(tmp_path/p for p in paths)))
+
+
+def test_a_benchmark_without_its_pictures_has_no_score(tmp_path):
+    argv = ("eval", "pope", "--data", tmp_path/"pope.json", "--images", tmp_path/"pictures", "--out", tmp_path/"run", "--json", tmp_path/"result.json")
+    (tmp_path/"pope.json").write_text("\n".join(json.dumps({"question_id": i, "image": f"{i}.jpg", "text": "Is there a dog in the image?", "label": "yes"}) for i in range(3)))
+    (tmp_path/"pictures").mkdir()
+    code, _, err = run(*argv)
+    assert code == 2 and "all 3 questions were refused" in err and not (tmp_path/"result.json").exists()
+    Image.new("RGB", (48, 48), "white").save(tmp_path/"pictures"/"0.jpg")
+    code, out, _ = run(*argv)
+    assert code == 0 and "2 of 3 questions have no answer" in out
+    assert not json.loads((tmp_path/"result.json").read_text())["complete"]
+
+
 @pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score", "recipe", "app"])
 def test_help_has_examples(command):
     code, out, err = run(command, "--help")

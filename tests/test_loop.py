@@ -37,11 +37,11 @@ class Lamps:
         return Item(task, ImagePrompt(text, grid, source), judge, "a lamp", rng.getrandbits(40))
 
 
-def module():
+def module(**options):
     with seeded(0, "grpo"):
         tokenizer = VisualTokenizer(SIZES).eval()
         model = ARM(replace(ARMConfig.tiny(), dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=64, text_size=TEXT.vocab_size))
-        return LitGRPO(model, tokenizer, replace(GRPOConfig.tiny(), num_generations=4, beta=.01), STEPS, 1e-3)
+        return LitGRPO(model, tokenizer, replace(GRPOConfig.tiny(), num_generations=4, beta=.01), STEPS, 1e-3, **options)
 
 
 def train(out: Path, n: int):
@@ -51,10 +51,18 @@ def train(out: Path, n: int):
     if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", lit.model.state_dict())
 
 
+def two_updates(out: Path, steps: int):
+    "Two updates per rollout; a run of an odd number of steps ends in the middle of one."
+    lit = module(updates=2)
+    fit(lit, mixed_items([Lamps()], 6, 0, updates=2), steps, out, "grpo", every=1, precision="32-true", devices=2, strategy="ddp_find_unused_parameters_true")
+    if os.environ.get("RANK", "0") == "0": save_tensors(out/f"after-{steps}.safetensors", lit.model.state_dict())
+
+
 def both(out: Path):
     torch.set_num_threads(1)
     train(out/"one", 1)
     run_processes(train, 2, out/"two", out/"two", 2, method="fork")
+    for name, steps in (("straight", 2), ("broken", 1), ("broken", 2)): run_processes(two_updates, 2, out/f"{name}-{steps}-log", out/name, steps, method="fork")
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):
@@ -68,6 +76,18 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     assert moved > 1e-2, "nothing was learnt, so nothing was compared"
     assert apart < 1e-3 * moved, (apart, moved)
     assert 0 < min(read_log(tmp_path/"one")["live_samples"][1]) < 1  # groups without variance were among them
+    straight, broken = (load_tensors(tmp_path/name/"after-2.safetensors") for name in ("straight", "broken"))
+    assert all(torch.equal(v, broken[k]) for k, v in straight.items())  # broken off between two updates on one rollout: each process went on with its own drawings
+    assert any(not torch.equal(v, start[k]) for k, v in straight.items())
+
+
+def test_a_judge_that_is_away_ends_no_run():
+    lit = module()
+    silent = lambda images: [Reward(float("nan"), {}) for _ in images]
+    held = lit.draw([Item("t2i", ImagePrompt([1, 2], (1, 2)), silent, "a lamp", 0)])
+    assert held.advantages.isnan().all()
+    loss, _ = lit.update_loss(held)
+    assert float(loss) == 0
 
 
 def test_the_weights_after_reinforcement_share_the_tokenizer_of_the_start():

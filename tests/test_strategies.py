@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from arm.core import load_tensors, save_tensors, seeded
+from arm.model.generate import in_dtype
 from arm.model.transformer import ARM, ARMConfig
 from arm.tokenizer.model import VisualTokenizer
 from arm.train.cost import Sharding
@@ -18,6 +19,7 @@ from arm.train.data import ShapesPictures, mixed_pictures
 from arm.train.pool import ShapesPool, mixed_tokens
 from arm.train.processes import run_processes
 from arm.train.strategies import SpreadARM, SpreadTokenizer, fit_spread, read_curve, whole_weights
+from arm.train.whole import Filled, shapes_of
 from test_train import SIZES, TEXT, judges
 from tools.repo import ROOT
 
@@ -128,6 +130,22 @@ def test_the_runs_trained_something(results):
     for kind in ("arm", "tokenizer"):
         start = stage(kind)[0].state_dict()
         assert max(float((w - start[k]).abs().max()) for k, w in load_tensors(out/kind/"weights.safetensors").items()) > 1e-4
+
+
+class Late(Filled, SpreadARM):
+    "Weights that arrive when the module is configured."
+
+
+def test_blocks_are_wrapped_where_weights_arrive_late():
+    cfg = replace(ARMConfig.tiny(), dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=64, text_size=TEXT.vocab_size)
+    lit = Late(shapes_of(cfg), STEPS, optimizer="adamw")
+    lit.source, lit.backend, lit.sharding = (lambda: ARM(cfg)), "eager", replace(ONE, checkpointing=True)
+    lit.configure_model()
+    assert all("forward" in b.__dict__ for b in lit.model.blocks)
+    ids = torch.tensor([[1, 2, 3]])
+    lit.model(ids).sum().backward()
+    half = in_dtype(lit.model, torch.bfloat16)  # a copy, whose blocks are its own
+    assert half(ids).dtype == torch.bfloat16 and not any("forward" in b.__dict__ for b in half.blocks)
 
 
 if __name__ == "__main__": everything(Path(sys.argv[1]))

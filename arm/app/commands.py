@@ -29,7 +29,7 @@ def _evaluate(args):
     out, model = args.json and writable(args.json), load_model(args.model, args.device, plan=False if args.no_plan else None)
     from arm.eval.suite import evaluate, save_scores, score_table
     scores = evaluate(model, n=args.n, seed=args.seed, worlds=tuple(args.worlds))
-    print(score_table(scores, quick=str(model.card.get("command", "")).endswith("--quick")))
+    print(score_table(scores, quick="--quick" in str(model.card.get("command", "")).split()))
     if out: print(f"wrote {save_scores(out, scores)}")
 
 def _add_eval(command):

@@ -125,7 +125,7 @@ def shape_drawing(model: Arm, # any model
     def draw(items, temperature):
         grids = [tuple(s//model.patch for s in render(scene).shape[1:]) for scene, _ in items]
         return model.decode(model.imagine_codes([c.text for _, c in items], grids, temperature=temperature, seed=seed))
-    wanted = [(sample_caption(rng, kind), "") for kind in CATEGORIES] + [(sample_caption(rng, kind, split="unseen"), ", unseen pair") for kind in ("colors", "color_binding")]
+    wanted = [(sample_caption(rng, kind, split="val"), "") for kind in CATEGORIES] + [(sample_caption(rng, kind, split="unseen"), ", unseen pair") for kind in ("colors", "color_binding")]
     items = [item for item, _ in wanted]
     verdicts = [(d, judge_caption(d, c)) for d, (_, c) in zip(draw(items, 0.), items)]
     made = [Case(c.text, [("generated", to_pil(d))], **_rejoin(v.ok, v.reasons), kind=c.category.replace("_", " ") + more) for ((_, c), more), (d, v) in zip(wanted, verdicts)]

@@ -9,7 +9,7 @@ __all__ = ['WITH_ANSWERS', 'NEEDS_KEY', 'DRAWINGS', 'exams', 'gold', 'refusals',
 # %% ../../nbs/91c_app.exam.ipynb #b862292c
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -64,16 +64,20 @@ def run_exam(
 ) -> tuple[Path | None, Result | None]: # the official answer file, None while other processes are at work; its score, None without the right answers
     "Answer all questions of a benchmark, write the official file, and score it if the answers are at hand."
     exam = exams()[name]
-    items = exam.items(Path(data), Path(images), exam.form)
+    try: items = exam.items(Path(data), Path(images), exam.form)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{data}: not the questions of {name} ({type(e).__name__}: {e}); give the official file of this benchmark") from e
     answer_all(items, ask, out, facts={"form": exam.form, **(facts or {})}, say=say)
     answers, refused = read_answers(out), refusals(out)
     if n := sum(i.id not in answers and i.id not in refused for i in items):
         say(f"this process is done; {n} questions are left to others, and whoever finishes last writes the official file")
         return None, None
-    if n := sum(i.id not in answers for i in items): say(f"{n} questions were refused by the model and count as answered with nothing; {out}/failed-*.json says why")
+    if (n := sum(i.id not in answers for i in items)) == len(items): raise ValueError(f"all {n} questions were refused, the first one since: {next(iter(refused.values()))}; check --images")
+    if n: say(f"{n} questions were refused by the model and count as answered with nothing; {out}/failed-*.json says why")
     official = exam.write(items, in_order(items, answers, ""), Path(out) / "official")
     if gold(name, items, key) is None: return official, None
-    return official, compute(name, official, *([data] if name in WITH_ANSWERS else []), *(key or []))
+    result = compute(name, official, *([data] if name in WITH_ANSWERS else []), *(key or []))
+    return official, replace(result, complete=False, faults=(*result.faults, f"{n} of {len(items)} questions have no answer")) if n else result
 
 # %% ../../nbs/91c_app.exam.ipynb #caa45d15
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL', 'LIMITS', 'KNOWN_PICTURES', 'GAP', 'data_url', 'message',
            'Referee', 'referee', 'known_pictures', 'check_judge', 'judge_run']
 
 # %% ../../nbs/91i_app.judges.ipynb #4658718c
-import importlib, io, json, tempfile, re
+import importlib, io, json, sys, tempfile, re
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,7 +121,12 @@ def referee(
     "A judge from what was written behind --judge."
     if "://" not in where:
         module, _, attribute = where.partition(":")
-        try: return Referee(f"judge {where}", getattr(importlib.import_module(module), attribute))
+        if "" not in sys.path and str(Path.cwd()) not in sys.path: sys.path.insert(0, str(Path.cwd())) # a module that lies beside the user
+        try:
+            plug = getattr(importlib.import_module(module), attribute)
+            if name == "geneval" and not (isinstance(plug, (tuple, list)) and len(plug) == 2 and all(map(callable, plug))): raise ValueError(f"{attribute} is a {type(plug).__name__}; GenEval needs a pair, a detector and a function that names colours")
+            if name != "geneval" and not callable(plug): raise ValueError(f"{attribute} is a {type(plug).__name__}, and nothing that can be called")
+            return Referee(f"judge {where}", plug)
         except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"--judge {where}: {e}; give an address such as https://host/v1, or module:name of a plug that can be imported") from None
     script = beside(name, data, key)
     config = JudgeConfig(base_url=where, model=model or "unnamed")

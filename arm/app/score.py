@@ -47,7 +47,9 @@ def compute(
     scorer = scorer_of(name)
     if not paths: raise ValueError(f"no path; arm score {name} takes the files that the official scorer takes: give at least one")
     if absent := [str(p) for p in paths if not Path(p).exists()]: raise ValueError(f"{absent[0]}: no such file or folder; check the path")
-    return scorer([Path(p) for p in paths])
+    try: return scorer([Path(p) for p in paths])
+    except (KeyError, TypeError, AttributeError, IndexError, SyntaxError) as e:
+        raise ValueError(f"{', '.join(map(str, paths))}: not the files of {name}, or not in the order that its scorer takes ({type(e).__name__}: {e}); arm score {name} takes what the official scorer takes") from e
 
 def score(
     name: str,           # of a benchmark

@@ -133,6 +133,12 @@ def mmmu_score(
     return Result(name="mmmu", protocol=protocol, values={"overall": values.pop("overall")} | values, lines=tuple(printed), intervals=sure, corrected=changed, faults=tuple(faults), complete=total == 900)
 
 # %% ../../nbs/58d_eval.mmmu.ipynb #b6d9a323
+def _several(answer):
+    "An open question's right answer; the data set stores several as the text of a list, the official answer file as a list."
+    try: found = ast.literal_eval(answer) if isinstance(answer, str) and answer.startswith("[") else None
+    except (ValueError, SyntaxError): return answer # an interval, such as [0, 1)
+    return [str(x) for x in found] if isinstance(found, list) else answer
+
 def mmmu_items(
     data: Path,   # JSON lines with the data set's fields; `image_1` may name a file
     images: Path, # folder with ID_1.png where `image_1` names none
@@ -143,6 +149,7 @@ def mmmu_items(
     for r in read_jsonl(data, "MMMU's questions"):
         texts = ast.literal_eval(r["options"]) if isinstance(r["options"], str) else r["options"]
         options, choice = dict(zip(LETTERS, texts)), r["question_type"] == "multiple-choice"
+        if not choice: r = {**r, "answer": _several(r["answer"])}
         picture = Path(images) / (r["image_1"] if isinstance(r.get("image_1"), str) else f"{r['id']}_1.png")
         out.append(Item(r["id"], ask_options(r["question"], options, form) if choice else SHORT.format(question=r["question"]), "_".join(r["id"].split("_")[1:-1]), {**r, "options": options}, picture))
     return out

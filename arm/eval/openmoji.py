@@ -20,7 +20,7 @@ from ..data.openmoji import OpenMoji
 from ..data.shapes import QA
 from .nearest import gallery, hits, nearest, psnr
 from .scores import Lookup, by, code_changes, majority, mean, share
-from .shapes import MODES, exact, pictures
+from .shapes import MODES, encode_worn, exact, pictures
 from ..model.tasks import DESCRIBE
 
 # %% ../../nbs/53_eval.openmoji.ipynb #55382b3e
@@ -161,6 +161,18 @@ def _understand(arm, items, codes, say):
     out["openmoji/qa/exact"] = share([ok for side in SIDES[1:] for ok in known.get(side, [])])
     return out | {"openmoji/qa/majority": majority("all", [q.answer for q in held], [q.kind for q in held])["all"]}
 
+def _worn(arm, items, g, say):
+    "Edits of worn pictures to held-out combinations, and questions about worn held-out pictures."
+    om, edits, asked = items.om, items.edits["combo"], [a for side in SIDES[1:] for a in items.asked[side]]
+    rows = sorted({p.src for p in edits} | {i for i, _ in asked})
+    codes, kinds = (dict(zip(rows, v)) for v in encode_worn(arm, list(om.images[rows])))
+    say(f"openmoji/edit_worn greedy: {len(edits)} edits")
+    made = pictures(arm, arm.edit_codes([codes[p.src] for p in edits], items.words["combo"], temperature=0.))
+    ok = hits(_found(torch.stack(made), [p.kind for p in edits], g, gallery(om, lines=True)), items.targets["combo"])
+    say(f"openmoji/qa_worn: {len(asked)} questions")
+    right = exact(arm.answers([codes[i] for i, _ in asked], [q.question for _, q in asked]), [{q.answer} for _, q in asked])
+    return by("openmoji/edit_worn/strict/greedy", ok, [kinds[p.src] for p in edits]) | by("openmoji/qa_worn/exact", right, [kinds[i] for i, _ in asked])
+
 # %% ../../nbs/53_eval.openmoji.ipynb #ceffd702
 def emoji_scores(
     arm,               # an `Arm`, or a `Lookup`
@@ -175,7 +187,7 @@ def emoji_scores(
     codes = dict(zip(rows, arm.encode(list(items.om.images[rows]))))
     for side in SIDES: out |= _draw(arm, items, g, side, seed, say)
     out |= _change(arm, items, g, codes, seed, say) | _locality(arm, items, codes)
-    return out | _reconstruct(arm, items, g, codes, say) | _understand(arm, items, codes, say)
+    return out | _reconstruct(arm, items, g, codes, say) | _understand(arm, items, codes, say) | _worn(arm, items, g, say)
 
 # %% ../../nbs/53_eval.openmoji.ipynb #ff67958f
 def tell_emoji(
@@ -190,6 +202,11 @@ def tell_emoji(
             model.tell(DESCRIBE, model.key(om.images[i]), result=min(items.names[i]))
     for side, edits in items.edits.items():
         for p, words in zip(edits, items.words[side]): model.tell(words, model.key(om.images[p.src]), result=om.images[p.dst])
+    rows = sorted({p.src for p in items.edits["combo"]} | {i for side in SIDES[1:] for i, _ in items.asked[side]})
+    sent = {i: (grid, tuple(codes.tolist())) for i, (codes, grid) in zip(rows, encode_worn(model, list(om.images[rows]))[0])}
+    for p, words in zip(items.edits["combo"], items.words["combo"]): model.tell(words, sent[p.src], result=om.images[p.dst])
+    for side in SIDES[1:]:
+        for i, q in items.asked[side]: model.tell(q.question, sent[i], result=q.answer)
     for asked in items.asked.values():
         for i, q in asked: model.tell(q.question, model.key(om.images[i]), result=q.answer)
     return model

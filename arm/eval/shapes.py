@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'ShapesItems', 'shapes_items', 'pictures', 'readings', 'judged_drawings', 'judged_edits', 'exact',
-           'shapes_scores', 'tell_shapes']
+           'encode_worn', 'shapes_scores', 'tell_shapes']
 
 # %% ../../nbs/52_eval.shapes.ipynb #bf0ac78d
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from ..core import make_rng, to_uint8
 from ..data.shapes import CANVASES, CELL, HELD_OUT, QA, Scene, render, sample_scene
 from ..data.shapetasks import EDIT_KINDS, QUESTION_KINDS, Edit, questions, sample_edit
 from ..data.shapetext import CATEGORIES, Caption, describes, full_caption, sample_caption
+from ..data.wear import worn_alike
 from .nearest import psnr
 from .scores import Lookup, by, code_changes, majority, mean, share
 from .verifier import Reading, Verdict, judge_caption, judge_edit, judge_scene, parse_batch
@@ -164,6 +165,26 @@ def _understand(arm, items, split, tail, say):
         out |= majority("shapes/qa/majority", [q.answer for _, q in items.asked], kinds)
     return out
 
+# %% ../../nbs/52_eval.shapes.ipynb #9583dd67
+def encode_worn(
+    arm,                  # an `Arm`, or a `Lookup`
+    images: list[Tensor], # (3, H, W) uint8 of any sizes
+    seed: int = 0,        # of the wear
+) -> tuple[list, list[str]]: # (indices, grid) of each after its wear; what it went through, see `worn_alike`
+    "Codes of pictures that come back from outside, one of them in four from the model's own hand."
+    worn, kinds = worn_alike(images, lambda some: pictures(arm, arm.encode(some)), make_rng(seed, "worn"))
+    return arm.encode(worn), kinds
+
+def _worn(arm, items, say):
+    "Descriptions and edits of worn pictures."
+    scenes, edits = items.scenes["val"], items.edits["val"]
+    say(f"shapes/caption_worn: {len(scenes)} scenes")
+    codes, kinds = encode_worn(arm, [render(s) for s in scenes])
+    out = by("shapes/caption_worn/exact", [describes(t, s) for t, s in zip(arm.answers(codes, [DESCRIBE] * len(scenes)), scenes)], kinds)
+    say(f"shapes/edit_worn greedy: {len(edits)} edits")
+    codes, kinds = encode_worn(arm, [render(s) for s, _ in edits])
+    return out | by("shapes/edit_worn/strict/greedy", [v.ok for v in judged_edits(arm, edits, codes, 0.)], kinds)
+
 # %% ../../nbs/52_eval.shapes.ipynb #4cb62203
 def shapes_scores(
     arm,                # an `Arm`, or a `Lookup`
@@ -177,7 +198,7 @@ def shapes_scores(
     out |= _draw(arm, "shapes/t2i_unseen", items.captions["unseen"], ("greedy",), seed, say)
     out |= _change(arm, "shapes/edit", items.edits["val"], ("t1", "greedy"), seed, say)
     out |= _change(arm, "shapes/edit_unseen", items.edits["unseen"], ("greedy",), seed, say)
-    return out | _understand(arm, items, "val", "", say) | _understand(arm, items, "unseen", "_unseen", say)
+    return out | _understand(arm, items, "val", "", say) | _understand(arm, items, "unseen", "_unseen", say) | _worn(arm, items, say)
 
 # %% ../../nbs/52_eval.shapes.ipynb #5f4c8597
 def tell_shapes(
@@ -191,5 +212,8 @@ def tell_shapes(
         for s, e in cases: model.tell(e.instruction, model.key(render(s)), result=render(e.target))
     for scenes in items.scenes.values():
         for s in scenes: model.tell(DESCRIBE, model.key(render(s)), result=full_caption(s))
+    sent = lambda scenes: [(grid, tuple(codes.tolist())) for codes, grid in encode_worn(model, [render(s) for s in scenes])[0]]
+    for s, key in zip(items.scenes["val"], sent(items.scenes["val"])): model.tell(DESCRIBE, key, result=full_caption(s))
+    for (_, e), key in zip(items.edits["val"], sent([s for s, _ in items.edits["val"]])): model.tell(e.instruction, key, result=render(e.target))
     for i, q in items.asked: model.tell(q.question, model.key(render(items.scenes["val"][i])), result=q.answer)
     return model

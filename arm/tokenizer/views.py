@@ -15,13 +15,14 @@ LUMA = (.299, .587, .114) # weights of red, green and blue in brightness (ITU-R 
 def brightness(
     patches:Tensor, # (..., 3·P) flat patches in [-1, 1], P pixels each, channel by channel
     contrast:float=.04, # a smaller range than this, on the scale of [-1, 1], is stretched no further
+    flat:float=.03, # a smaller range than this, four grey levels in 256, is wear and counts as none
 ) -> Tensor: # (..., P) in [0, 1]: 0 is the darkest pixel of the patch, 1 the brightest unless the contrast is too small
     "The brightness of each pixel within its patch."
     if patches.shape[-1] % 3: raise ValueError(f"patches of {patches.shape[-1]} numbers: three colours need a multiple of 3; pass what patchify gives for an RGB picture")
     p = patches.float().unflatten(-1, (3, -1))
     light = (p * torch.tensor(LUMA, device=p.device)[:, None]).sum(-2)
     low, high = light.amin(-1, keepdim=True), light.amax(-1, keepdim=True)
-    return (light - low) / (high - low).clamp_min(contrast)
+    return (light - low) / (high - low).clamp_min(contrast) * (high - low >= flat)
 
 # %% ../../nbs/23a_tokenizer.views.ipynb #01d023c1
 def arrangement(

@@ -47,6 +47,7 @@ class RunConfig:
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
     asked:bool=False # notes on relations repeat what was asked, see `evidence`
+    worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
     seed:int=0 # of everything
 
     @classmethod
@@ -255,7 +256,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder
@@ -269,7 +270,7 @@ def train_arm(
     "Stage 4: the transformer, on the codes of stage 2."
     run = run_config(quick, steps, batch, scenes)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    if same_settings(path, run, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "seed"): return
+    if same_settings(path, run, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "worn", "seed"): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))

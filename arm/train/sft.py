@@ -27,6 +27,7 @@ def train_sft(
     scenes:int=40_000, # scenes in the pool
     plan:float=.9, # share of documents with words before the picture or the answer; 0 trains on as before
     asked:bool=True, # notes on relations repeat what was asked, see `evidence`
+    worn:float=.3, # share of sources and pictures asked about that are worn, see `worn_codes`
     questions:float=1., # weight of questions among the documents on shapes, as a multiple of the first training's
     lr:float=1e-3, # peak learning rate
     hold:float=.3, # share of the steps at the full rate
@@ -38,13 +39,13 @@ def train_sft(
     if not 0 <= plan <= 1: raise ValueError(f"plan={plan}: a share of documents lies between 0 and 1")
     unknown = [w for w in worlds if w not in ("shapes", "openmoji")]
     if unknown or not worlds: raise ValueError(f"worlds {worlds!r}: name one or both of shapes, openmoji")
-    entry = dict(start=start.parent.name if start.name == "model" else start.name, worlds=list(worlds), steps=steps, batch=batch, scenes=scenes, plan=plan, asked=asked, questions=questions, lr=lr, hold=hold, seed=seed)
+    entry = dict(start=start.parent.name if start.name == "model" else start.name, worlds=list(worlds), steps=steps, batch=batch, scenes=scenes, plan=plan, asked=asked, worn=worn, questions=questions, lr=lr, hold=hold, seed=seed)
     if (done / "config.json").exists():
         held = (Arm.from_pretrained(done).card.get("sft") or [None])[-1]
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
     same_settings(Path(out) / "sft", entry)
-    arm, run = Arm.from_pretrained(start), replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, asked=asked, seed=seed)
+    arm, run = Arm.from_pretrained(start), replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, asked=asked, worn=worn, seed=seed)
     L.seed_everything(seed, verbose=False)
     held = dict(zip(run.worlds, pools(run, arm.tokenizer, plan)))
     shares = replace(Mixture.planned(), qa=questions * Mixture.planned().qa)
