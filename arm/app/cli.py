@@ -38,8 +38,8 @@ def _reconstruct(args):
     model = load_model(args.model, args.device)
     fitted = fit_to(model, picture, args.picture)
     save_pictures([model.reconstruct(fitted)], out, zoom=args.zoom)
-    (h, w), bits = model.encode([fitted])[0][1], model.tokenizer.fsq.codebook_size.bit_length() - 1
-    print(f"{h*w} tokens ({h} rows of {w}), {bits} bits each: {h*w*bits//8} bytes instead of {fitted.numel()}")
+    (h, w), bits = model.look(fitted)[1], model.tokenizer.fsq.codebook_size.bit_length() - 1
+    print(f"{h*w} tokens ({h} rows of {w}), {bits} bits each: {h*w*bits//8} bytes instead of {3*h*w*model.patch**2}")
 
 
 

@@ -145,7 +145,7 @@ def look(arm: Arm, # any model
         with open(path, "rb") as f: picture = open_picture(f)
     except OSError as e: raise ValueError(f"the file cannot be read ({e.strerror}); upload it again") from e
     pixels, note = fit_picture(picture, [tuple(g) for g in arm.card["grids"]], arm.patch)
-    codes = arm.encode([pixels])[0]
+    codes = arm.look(picture)
     return Seen(pixels, to_pil(pixels), codes, token_map(arm, codes[0][None], codes[1]), note or "")
 
 def ask(arm: Arm, # any model

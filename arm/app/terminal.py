@@ -69,12 +69,16 @@ def save_pictures(images: Sequence, # Pillow pictures
                   path: str | Path, # where the only one goes; several get -1, -2 ... before the suffix
                   *, zoom: int = 1, # pixels of the file per pixel of the picture
                   ) -> list[Path]: # the files written
-    "Write pictures, each in one step, and say where."
+    "Write pictures, each in one step, and say where; a PNG keeps the codes that its picture carries."
+    from PIL.PngImagePlugin import PngInfo
     from arm.core import atomic_path
+    from arm.model.tasks import NOTE
     path, paths = Path(path), []
     for k, im in enumerate(images, 1):
         paths.append(path if len(images) == 1 else path.with_stem(f"{path.stem}-{k}"))
-        with atomic_path(paths[-1]) as tmp: im.resize((im.width*zoom, im.height*zoom), 0).save(tmp)
+        note = PngInfo()
+        if NOTE in im.info: note.add_text(NOTE, im.info[NOTE])
+        with atomic_path(paths[-1]) as tmp: im.resize((im.width*zoom, im.height*zoom), 0).save(tmp, **dict(pnginfo=note) if tmp.suffix.lower() == ".png" else {})
         print(f"wrote {paths[-1]} ({im.height*zoom} px high, {im.width*zoom} px wide)")
     return paths
 
@@ -111,9 +115,9 @@ def read_picture(path: str | Path, # any picture file
 def fit_to(model, # an `Arm`
            picture, # from `read_picture`
            name: str, # of the file, for the note
-           ): # (3, H, W) float tensor of a size that the model knows
-    "The picture at a size that the model knows; a note on the error stream says if it was changed."
+           ): # the picture itself, with the codes that it may carry
+    "Say on the error stream if the model will see the picture at another size."
     from arm.data.pictures import fit_picture
-    fitted, note = fit_picture(picture, model.card["grids"], model.patch)
+    note = fit_picture(picture, model.card["grids"], model.patch)[1]
     if note: print(f"note: {one_line(name)}: {note}", file=sys.stderr)
-    return fitted
+    return picture

@@ -101,7 +101,8 @@ def fit_picture(im: Image.Image, # RGB, as from `open_picture`
         size, scale = (gw*patch, gh*patch), min(gw*patch/w, gh*patch/h)
         inner = tuple(min(max(1, round(s*scale)), most) for s, most in zip((w, h), size))
         whole = Image.new("RGB", size, "white")
-        whole.paste(im.resize(inner, Image.Resampling.LANCZOS), tuple((most - s)//2 for s, most in zip(inner, size)))
+        means = Image.Resampling.BOX if scale <= .5 else Image.Resampling.LANCZOS # the mean over an area is what renderers draw
+        whole.paste(im.resize(inner, means), tuple((most - s)//2 for s, most in zip(inner, size)))
         note = f"picture of {w} px width and {h} px height fitted to {size[0]} by {size[1]} px" + (", with white margins" if inner != size else "")
         im = whole
     return to_float(torch.from_numpy(np.array(im)).permute(2, 0, 1)), note
