@@ -192,14 +192,15 @@ def same_settings(folder: str | Path, # of a run, new or not
                   settings: object, # what its result depends on: a dictionary of plain data, or a config
                   *names: str, # which fields of it; none: all
                   done: str = "done.json", # the file or folder that is there when the run is finished
+                  begin: bool = False, # note them, since the training begins now
                   ) -> bool: # is it finished?
-    "Note what a folder is trained with; one that was begun with other settings raises `ValueError`."
+    "Hold settings against those that a folder was begun with; others raise `ValueError`."
     note, asked = Path(folder)/"settings.json", settings if isinstance(settings, dict) else config_to_dict(settings)
     asked = json.loads(json.dumps({k: v for k, v in asked.items() if k in names or not names}))
     held = load_json(note) if note.exists() and any((note.parent/f).exists() for f in ("last.ckpt", "last.json", done)) else asked # what left nothing binds nobody
     if other := [f"{k}={held.get(k)!r}, not {asked.get(k)!r}" for k in {**held, **asked} if held.get(k) != asked.get(k)]:
         raise ValueError(f"{folder} holds a run with {'; '.join(other)}; ask for what it was begun with to go on, give another folder with --out, or move that one away")
-    if not note.exists() or load_json(note) != asked: save_json(note, asked)
+    if begin: save_json(note, asked)
     return (note.parent/done).exists()
 
 # %% ../nbs/00_core.ipynb #4270156d

@@ -206,12 +206,14 @@ def train_rl(
         if here.rank == 0: print(say_rl(p, phase, f"{gpus} x {gpu}", steps, n_prompts * num_generations) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet"))
         return
     seats(gpus, here)
-    if same_settings(out, dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta,
-                               updates=updates, seed=seed, bf16=bf16), done="model"): return
+    settings = dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta,
+                               updates=updates, seed=seed, bf16=bf16)
+    if same_settings(out, settings, done="model"): return
     (cfg, read), tokenizer = read_start(base, Growth()), Arm.from_pretrained(painter or DATA / "models" / "tiny").tokenizer
     if 2**cfg.n_bits != tokenizer.fsq.codebook_size: raise ValueError(f"painter={painter!r} has {tokenizer.fsq.codebook_size} codes, {base} {2**cfg.n_bits}; take the tokenizer that the model was trained with")
     items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts")
     module = SpreadGRPO(shapes_of(cfg), tokenizer, GRPOConfig(num_generations=num_generations, beta=beta, max_tokens=side * side), steps, lr, updates=updates, part_rows=part_rows, rollout_dtype=torch.bfloat16 if bf16 else None)
     module.source, module.resumes = read, (out / "last.json").exists()
+    same_settings(out, settings, done="model", begin=here.rank == 0)
     fit_spread(module, mixed_items([items], n_prompts, seed, phase, updates), steps, out, sharding, accumulate=accumulate, backend=compile, every=every, nodes=here.nodes)
     keep_model(module, out, base, torch.bfloat16 if bf16 else torch.float32, here.rank)

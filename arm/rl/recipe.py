@@ -125,6 +125,7 @@ def train_grpo(
         return
     same_settings(Path(out) / f"grpo-{phase}", entry)
     arm = Arm.from_pretrained(start)
+    same_settings(Path(out) / f"grpo-{phase}", entry, begin=True)
     run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(rl=[*arm.card.get("rl", []), entry])
     arm.save_pretrained(done)

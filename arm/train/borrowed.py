@@ -133,7 +133,8 @@ def train_codes(
 ) -> None:
     "The published tokenizer on judges from folders; a broken-off run goes on from its checkpoint."
     done = Path(out) / "codes"
-    same_settings(Path(out) / "training", dict(siglip=str(siglip), reader=str(reader), data=data, preset=preset, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16))
+    settings = dict(siglip=str(siglip), reader=str(reader), data=data, preset=preset, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16)
+    same_settings(Path(out) / "training", settings)
     if (done / "tokenizer.json").exists(): return
     judges = load_towers(siglip), load_reader(reader)
     n = side // judges[0].patch_size
@@ -141,6 +142,7 @@ def train_codes(
     stream = ShapesPictures(0.) if data == "shapes" else ShardPictures(data, [(n, n), (max(1, 3 * n // 4), min(64, 4 * n // 3)), (min(64, 4 * n // 3), max(1, 3 * n // 4))], judges[0].patch_size)
     L.seed_everything(seed, verbose=False)
     tokenizer = SeeingTokenizer(borrowed_config(preset, *judges), judges[0])
+    same_settings(Path(out) / "training", settings, begin=True)
     fit(LitBorrowed(tokenizer, *judges, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "codes", every=every, precision="bf16-mixed" if bf16 else "32-true")
     tokenizer.settle()
     save_tensors(done / "tokenizer.safetensors", tokenizer.state_dict())

@@ -242,11 +242,13 @@ def train_stage(
         if here.rank == 0: print(say_plan(stage_plan(stage, read_start(base, growth)[0] if known else ARMConfig.paper(), sharding, rows, row, steps, accumulate, gpu)) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet"))
         return
     seats(gpus, here)
-    if same_settings(out, dict(stage=stage, base=str(base), data=data, painter=str(painter), mixture=mixture or PT, steps=steps, rows=rows, row=row, lr=lr, warmup=warmup, hold=hold, weight_decay=weight_decay, drop=drop,
-                               groups=groups, seed=seed, bf16=bf16), done="model"): return
+    settings = dict(stage=stage, base=str(base), data=data, painter=str(painter), mixture=mixture or PT, steps=steps, rows=rows, row=row, lr=lr, warmup=warmup, hold=hold, weight_decay=weight_decay, drop=drop,
+                               groups=groups, seed=seed, bf16=bf16)
+    if same_settings(out, settings, done="model"): return
     cfg, read = read_start(base, growth)
     draw = open_rows(data, painter, TextTokenizer.from_pretrained(base), cfg.vocab, mixture or PT, rows, row, sharding.groups * accumulate, drop, seed, out / "skipped.log")
     module = StageARM(shapes_of(cfg), steps, lr=lr, weight_decay=weight_decay, hold=hold, optimizer="adamw")
     module.warmup, module.source, module.resumes = warmup, read, (out / "last.json").exists()
+    same_settings(out, settings, done="model", begin=here.rank == 0)
     fit_spread(module, draw, steps, out, sharding, accumulate=accumulate, backend=compile, every=every, nodes=here.nodes, num_workers=workers)
     keep_model(module, out, base, torch.bfloat16 if bf16 else torch.float32, here.rank)

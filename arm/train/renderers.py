@@ -187,7 +187,9 @@ class RendererStage:
     ) -> nn.Module: # `network`
         "Train a stage, or read what it left."
         path, n = self.out / stage, module.n_steps
-        if same_settings(path, dict(steps=n, batch=self.run.batch, seed=self.seed, worlds=len(self.streams))): return load_weights(network, load_tensors(folder(self.out, stage) / "network.safetensors"), source=path).eval()
+        settings = dict(steps=n, batch=self.run.batch, seed=self.seed, worlds=len(self.streams))
+        if same_settings(path, settings): return load_weights(network, load_tensors(folder(self.out, stage) / "network.safetensors"), source=path).eval()
+        same_settings(path, settings, begin=True)
         fit(module, mixed_pictures(self.streams, self.run.batch, self.seed + turn), n, path, stage, samples=lambda: torch.cat([self.look, draw().clamp(-1, 1)]), every=self.every)
         close()
         finish(path, dict(network=network), n)

@@ -195,9 +195,10 @@ def train_teacher(
     "Stage 1: SigLIP towers and caption reader."
     run = run_config(quick, steps, batch)
     path, n, text = Path(out) / "teacher", run.teacher_steps, default_tokenizer()
-    if same_settings(path, run, "worlds", "teacher_steps", "teacher_batch", "seed"): return
+    if same_settings(path, run, *(what := ("worlds", "teacher_steps", "teacher_batch", "seed"))): return
     L.seed_everything(run.seed, verbose=False)
     module = LitTeacher(SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny()), text, n)
+    same_settings(path, run, *what, begin=True)
     fit(module, mixed_pictures(pictures(run, disguised=0.), run.teacher_batch, run.seed), n, path, "teacher", every=every)
     finish(path, dict(towers=module.towers, reader=module.reader), n)
 
@@ -224,7 +225,7 @@ def train_tokenizer(
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
     run = run_config(quick, steps, batch)
     path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
-    if same_settings(path, run, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed"): return
+    if same_settings(path, run, *(what := ("worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed"))): return
     n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
     towers, reader = load_teacher(out)
@@ -234,6 +235,7 @@ def train_tokenizer(
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
     show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look), tokenizer.grid(look), steps=1)])
+    same_settings(path, run, *what, begin=True)
     fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every)
     if joint: tokenizer.settle() # later stages and users see the codes of the weights that are saved
     finish(path, dict(tokenizer=tokenizer), n, tokenizer.cfg)
@@ -270,7 +272,7 @@ def train_arm(
     "Stage 4: the transformer, on the codes of stage 2."
     run = run_config(quick, steps, batch, scenes)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    if same_settings(path, run, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "worn", "seed"): return
+    if same_settings(path, run, *(what := ("worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "worn", "seed"))): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
@@ -279,6 +281,7 @@ def train_arm(
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
     module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
     mixtures = [Mixture.openmoji() if w == "openmoji" else Mixture.planned() if run.plan else Mixture() for w in run.worlds]
+    same_settings(path, run, *what, begin=True)
     fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
     finish(path, dict(arm=model), n)
 

@@ -52,6 +52,7 @@ def train_sft(
     draw = mixed_tokens([held[w] for w in worlds], arm.model.vocab, batch, seed, [shares if w == "shapes" else Mixture.openmoji() for w in worlds])
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, seed=0, plan=plan > 0)))
+    same_settings(Path(out) / "sft", entry, begin=True)
     fit(LitARM(arm.model, steps, lr=lr, hold=hold), draw, steps, Path(out) / "sft", "sft", samples=show, every=every)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(plan=plan > 0, sft=[*arm.card.get("sft", []), entry])
     arm.model.eval()
