@@ -1,4 +1,5 @@
 """Reinforcement learning as users meet it: two real processes make the update of one, a command trains, and the weights that ship are what their card says."""
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from arm.rl.rewards import Reward
 from arm.tokenizer.model import VisualTokenizer
 from arm.train.processes import run_processes
 from arm.train.run import fit, read_log
-from test_train import SIZES, TEXT
+from test_train import SIZES, TEXT, PowerCut
 from tools.repo import ROOT
 
 STEPS = 3
@@ -37,11 +38,18 @@ class Lamps:
         return Item(task, ImagePrompt(text, grid, source), judge, "a lamp", rng.getrandbits(40))
 
 
-def module(**options):
+class Frail(LitGRPO):
+    "The power is cut before step `cut_at`."
+    cut_at = -1
+    def on_train_batch_start(self, *_):
+        if self.global_step == self.cut_at: raise PowerCut
+
+
+def module(kind=LitGRPO, **options):
     with seeded(0, "grpo"):
         tokenizer = VisualTokenizer(SIZES).eval()
         model = ARM(replace(ARMConfig.tiny(), dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=64, text_size=TEXT.vocab_size))
-        return LitGRPO(model, tokenizer, replace(GRPOConfig.tiny(), num_generations=4, beta=.01), STEPS, 1e-3, **options)
+        return kind(model, tokenizer, replace(GRPOConfig.tiny(), num_generations=4, beta=.01), STEPS, 1e-3, **options)
 
 
 def train(out: Path, n: int):
@@ -51,18 +59,20 @@ def train(out: Path, n: int):
     if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", lit.model.state_dict())
 
 
-def two_updates(out: Path, steps: int):
-    "Two updates per rollout; a run of an odd number of steps ends in the middle of one."
-    lit = module(updates=2)
-    fit(lit, mixed_items([Lamps()], 6, 0, updates=2), steps, out, "grpo", every=1, precision="32-true", devices=2, strategy="ddp_find_unused_parameters_true")
-    if os.environ.get("RANK", "0") == "0": save_tensors(out/f"after-{steps}.safetensors", lit.model.state_dict())
+def two_updates(out: Path, cut_at: int):
+    "Two updates on one rollout, or one and then a power cut."
+    lit = module(Frail, updates=2)
+    lit.cut_at = cut_at
+    with contextlib.suppress(PowerCut):
+        fit(lit, mixed_items([Lamps()], 6, 0, updates=2), 2, out, "grpo", every=1, precision="32-true", devices=2, strategy="ddp_find_unused_parameters_true")
+        if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", lit.model.state_dict())
 
 
 def both(out: Path):
     torch.set_num_threads(1)
     train(out/"one", 1)
     run_processes(train, 2, out/"two", out/"two", 2, method="fork")
-    for name, steps in (("straight", 2), ("broken", 1), ("broken", 2)): run_processes(two_updates, 2, out/f"{name}-{steps}-log", out/name, steps, method="fork")
+    for name, cut_at in (("straight", -1), ("broken", 1), ("broken", -1)): run_processes(two_updates, 2, out/f"{name}{cut_at}", out/name, cut_at, method="fork")
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):
@@ -76,9 +86,9 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     assert moved > 1e-2, "nothing was learnt, so nothing was compared"
     assert apart < 1e-3 * moved, (apart, moved)
     assert 0 < min(read_log(tmp_path/"one")["live_samples"][1]) < 1  # groups without variance were among them
-    straight, broken = (load_tensors(tmp_path/name/"after-2.safetensors") for name in ("straight", "broken"))
+    straight, broken = (load_tensors(tmp_path/name/"weights.safetensors") for name in ("straight", "broken"))
     assert all(torch.equal(v, broken[k]) for k, v in straight.items())  # broken off between two updates on one rollout: each process went on with its own drawings
-    assert any(not torch.equal(v, start[k]) for k, v in straight.items())
+    assert any(not torch.equal(v, start[k]) for k, v in straight.items()) and len(read_log(tmp_path/"broken")["reward"][0]) == 1
 
 
 def test_a_judge_that_is_away_ends_no_run():

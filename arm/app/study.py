@@ -128,12 +128,13 @@ def run_study(
     jobs = {row_folder(config, seed, rows): (config, seed) for config in study.variants.values() for seed in range(seeds)}
     stash = Stash(Path(record) / "unfinished" / name if final.parent == Path(record) else None)
     for job in jobs: stash.fetch(job)
+    found = {}
     with tqdm(total=len(jobs), desc=f"study {name}", unit="row", smoothing=0, disable=quiet()) as bar:
         bar.initial = bar.n = sum((job / "row.json").exists() for job in jobs)
         for wait in (False, True): # first what nobody works on, then what others have not finished
-            for job, (config, seed) in jobs.items():
+            for job, (config, seed) in ((j, c) for j, c in jobs.items() if j not in found):
                 try:
-                    with claimed(job, wait): study.row(config, seed, rows, judge)
+                    with claimed(job, wait): found[job] = study.row(config, seed, rows, judge)
                 except Timeout: continue
                 stash.keep(job)
                 bar.update(sum((job / "row.json").exists() for job in jobs) - bar.n)
@@ -141,7 +142,7 @@ def run_study(
     with claimed(home / final.stem):
         if final.exists(): return final # another process was first
         part = home / f"{final.stem}-part.csv"
-        ablate(study.variants, lambda config, seed: study.row(config, seed, rows, judge), seeds=seeds, path=part)
+        ablate(study.variants, lambda config, seed: found[row_folder(config, seed, rows)], seeds=seeds, path=part)
         points = gather(study, rows, seeds)
         if points.count("\n") > 1: atomic_write(final.with_name(f"{final.stem}-points.csv"), points) # some studies have no curves
         save_json(final.with_suffix(".json"), dict(name=name, question=study.question, command=command, seeds=list(range(seeds)), torch=torch.__version__,
