@@ -29,7 +29,7 @@ def wear(
     kind: str,      # one of `WEAR`
     rng: Random,    # how strong, and which noise
 ) -> Tensor:        # (B, 3, H, W) uint8
-    "Pictures that went through noise, JPEG, or another size (our choice of strengths: hardly visible)."
+    "Pictures that went through noise, JPEG, or another size (our choice of strengths: nobody would read them wrongly)."
     if kind not in WEAR: raise ValueError(f"wear {kind!r} is unknown; choose one of {', '.join(WEAR)}")
     if images.dtype != torch.uint8: raise ValueError(f"images of {images.dtype}: levels count from 0 to 255; pass bytes, see to_uint8")
     if kind == "jpeg": return torch.stack([_jpeg(x, rng.randint(60, 95)) for x in images])
