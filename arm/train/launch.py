@@ -157,9 +157,10 @@ def keep_model(
 ) -> None:
     "Gather the weights in the first process and write them, whole or not at all."
     model, half = gathered(module.model, dtype, keep=rank == 0, device="cpu"), out / ".model"
-    if model is None: return
-    shutil.rmtree(half, ignore_errors=True)
-    os.replace(export_hub(model, half, like=start), out / "model")
+    if model is not None:
+        shutil.rmtree(half, ignore_errors=True)
+        os.replace(export_hub(model, half, like=start), out / "model")
+    if torch.distributed.is_initialized(): torch.distributed.barrier() # whoever goes on to the next stage finds it whole
 
 class StageARM(Filled, SpreadARM):
     "The transformer of a stage: filled from a folder, with a warm-up of its own."
