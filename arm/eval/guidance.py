@@ -57,7 +57,7 @@ def guidance_score(
     n:int=240, # captions
 ) -> Callable[[object], dict[str, float]]: # takes a module in training or a whole `Arm`
     "The judge of the study of guidance: nothing of a tokenizer alone, the sweep of a whole model."
-    items = shapes_items(n)
+    items = shapes_items(n, canvases=Downstream().canvases)
     return lambda what: sweep(what, items) if isinstance(what, Arm) else {}
 
 def _blind(variant):

@@ -24,9 +24,9 @@ from .verifier import Reading, Verdict, judge_caption, judge_edit, judge_scene, 
 from ..model.tasks import DESCRIBE, grouped
 
 # %% ../../nbs/52_eval.shapes.ipynb #efb0e627
-def _spread(n, kinds):
+def _spread(n, kinds, canvases):
     "(kind, canvas) of each of at least n items, all kinds equally often."
-    return [(kind, CANVASES[i % len(CANVASES)]) for kind in kinds for i in range(-(-n // len(kinds)))]
+    return [(kind, canvases[i % len(canvases)]) for kind in kinds for i in range(-(-n // len(kinds)))]
 
 def _unseen_caption(rng, kind, canvas):
     "A caption that names a held-out pair of colour and shape."
@@ -45,16 +45,17 @@ class ShapesItems:
 def shapes_items(
     n: int = 1000, # items per task, at least; rounded up to the same number per kind
     seed: int = 0, # of all draws
+    canvases: tuple[tuple[int, int], ...] = CANVASES, # (rows, columns) of cells, in turn
 ) -> ShapesItems:  # equal arguments give equal items
     "Draw the items of all the tasks on shapes."
     if n < 1: raise ValueError(f"n={n} items; an evaluation needs at least 1, and 1000 for intervals of two points")
     captions, edits, scenes = {}, {}, {}
     for split in ("val", "unseen"):
         rng = make_rng(seed, "eval", split)
-        if split == "val": captions[split] = [sample_caption(rng, kind, canvas=canvas, split=split) for kind, canvas in _spread(n, CATEGORIES)]
-        else: captions[split] = [_unseen_caption(rng, kind, canvas) for kind, canvas in _spread(n, CATEGORIES[2:])]
-        edits[split] = [sample_edit(rng, kind, canvas=canvas, split=split) for kind, canvas in _spread(n, EDIT_KINDS)]
-        scenes[split] = [sample_scene(rng, canvas=canvas, split=split) for _, canvas in _spread(n, ("scene",))]
+        if split == "val": captions[split] = [sample_caption(rng, kind, canvas=canvas, split=split) for kind, canvas in _spread(n, CATEGORIES, canvases)]
+        else: captions[split] = [_unseen_caption(rng, kind, canvas) for kind, canvas in _spread(n, CATEGORIES[2:], canvases)]
+        edits[split] = [sample_edit(rng, kind, canvas=canvas, split=split) for kind, canvas in _spread(n, EDIT_KINDS, canvases)]
+        scenes[split] = [sample_scene(rng, canvas=canvas, split=split) for _, canvas in _spread(n, ("scene",), canvases)]
     return ShapesItems(captions, edits, scenes, _ask(scenes["val"], n, make_rng(seed, "eval", "questions")))
 
 def _ask(scenes, n, rng):

@@ -76,11 +76,12 @@ class ShapesPool:
         brief:bool=False, # plans of edits tell the change alone, see `edit_plan`
         asked:bool=False, # notes on relations repeat what was asked, see `evidence`
         worn:float=0., # share of sources and pictures asked about that are worn, see `worn_codes`
+        canvases:tuple[tuple[int, int], ...]=CANVASES, # (rows, columns) of cells of the scenes
     ):
         self.items, self.plan, self.worn = [], plan, worn
-        for k, (rows, cols) in enumerate(CANVASES):
+        for k, (rows, cols) in enumerate(canvases):
             drawn, rng = [], make_rng(seed, "pool", k)
-            for _ in tqdm(range(n_scenes // len(CANVASES)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
+            for _ in tqdm(range(n_scenes // len(canvases)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
                 while (change := edit(scene := sample_scene(rng, canvas=(rows, cols)), rng)) is None: pass
                 drawn.append((scene, change, sample_guise(rng) if rng.random() < disguised else {}))
             codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).short() # int16 holds 65,536 codes, read back below

@@ -301,9 +301,10 @@ class LitTokenizer(ProjectionLosses):
         images, semantic = batch.images, self.stage == "joint" and self.global_step % self.semantic_every == 0
         other = recolour_pixels(images.cpu(), dice).to(images.device)
         if not semantic and dice.chance() < self.recolour: images, other = other, images
-        if self.stage == "joint": z, asked = self.projected(images, other, self.n_structure, dice)
-        else: z, asked = tok.quantise(images, None if tok.cfg.source == "patch" else self.towers.features(images)), {}
-        codes = tok.fsq(z)
+        if self.stage == "decoder": codes, asked = tok.quantise(images, None if tok.cfg.source == "patch" else self.towers.features(images)), {}
+        else:
+            z, asked = self.projected(images, other, self.n_structure, dice)
+            codes = tok.fsq(z)
         if self.flip_rate: codes = codes * flip_bits(torch.ones(len(codes) * dice.world, *codes.shape[1:]), self.flip_rate, dice.generator)[dice.rank::dice.world].to(codes)
         up = tok.unproject(codes, tok.grid(images))
         losses = dict(pix=self.pixel_loss(images, up, dice, self.zero_share))
