@@ -47,6 +47,7 @@ class RunConfig:
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
     asked:bool=False # notes on relations repeat what was asked, see `evidence`
+    questions:float=1. # weight of questions among the documents on shapes, as a multiple of the mixture's own
     worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
     seed:int=0 # of everything
 
@@ -58,7 +59,7 @@ class RunConfig:
     @classmethod
     def quick(cls) -> "RunConfig":
         "Shapes alone, for a coffee break."
-        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=1600, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True)
+        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=1600, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
 
 def run_config(
     quick:bool=False, # the short run on shapes alone
@@ -272,7 +273,7 @@ def train_arm(
     "Stage 4: the transformer, on the codes of stage 2."
     run = run_config(quick, steps, batch, scenes)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    if same_settings(path, run, *(what := ("worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "worn", "seed"))): return
+    if same_settings(path, run, *(what := ("worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed"))): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
@@ -280,7 +281,8 @@ def train_arm(
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
     module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
-    mixtures = [Mixture.openmoji() if w == "openmoji" else Mixture.planned() if run.plan else Mixture() for w in run.worlds]
+    shapes = Mixture.planned() if run.plan else Mixture()
+    mixtures = [Mixture.openmoji() if w == "openmoji" else replace(shapes, qa=run.questions * shapes.qa) for w in run.worlds]
     same_settings(path, run, *what, begin=True)
     fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
     finish(path, dict(arm=model), n)
