@@ -193,3 +193,42 @@ def test_without_the_extra_one_line_says_what_to_install(missing):
 def test_importing_the_module_loads_neither_library():
     done = subprocess.run([sys.executable, "-c", "import sys, arm.tokenizer.fluxtune; print(*sorted({'diffusers', 'peft', 'transformers'} & set(sys.modules)))"], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+# ---- what is trained keeps its precision, and adapters reach what carries the tokens ------------------------------------------
+
+@pytest.mark.parametrize("trainable", ("lora", "full"))
+def test_small_steps_are_not_lost_in_bfloat16(trainable, folder, features):
+    schedule(folder, "flux", use_dynamic_shifting=False, shift=1.)
+    flux = make_renderer(replace(RendererConfig.tiny(), trainable=trainable), features, str(folder/"flux"), local_only=True)
+    assert {p.dtype for p in flux.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in flux.transformer.parameters() if not p.requires_grad} == ({torch.bfloat16} if trainable == "lora" else set())
+    learned = {k: p for k, p in flux.transformer.named_parameters() if p.requires_grad and "lora_A" not in k}
+    old = {k: p.detach().clone() for k, p in learned.items()}
+    optimizer = torch.optim.AdamW(learned.values(), 1e-5, weight_decay=0.)
+    for _ in range(2):
+        flow_loss(flux, pictures((2, 4)), tokens((2, 4)), (2, 4), make_generator(0, "loss")).backward()
+        optimizer.step()
+    asked = [k for k, p in learned.items() if p.grad is not None and p.grad.abs().max() > 1e-6]
+    assert len(asked) > 10 and all((learned[k] != old[k]).any() for k in asked)
+    assert flux.render(tokens((2, 4)), (2, 4), steps=1).isfinite().all()
+
+
+def test_adapters_sit_on_both_streams(features):
+    flux = make_renderer(replace(RendererConfig.tiny(), trainable="lora"), features)
+    adapted = {k.split(".lora_A")[0].rsplit(".attn.", 1)[-1] for k, _ in flux.transformer.named_parameters() if "lora_A" in k}
+    assert adapted == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+
+
+def test_a_folder_of_others_is_not_replaced_and_a_broken_write_leaves_what_was_there(features, tmp_path, monkeypatch):
+    renderer, place = make_renderer(RendererConfig.tiny(), features), tmp_path/"flux"
+    save_renderer(renderer, place)
+    before = (place/"mapping.safetensors").read_bytes()
+    step(renderer)
+    from arm.tokenizer import fluxtune
+    def full(path, data): raise OSError("no space left")
+    monkeypatch.setattr(fluxtune, "save_json", full)
+    with pytest.raises(OSError, match="no space"): save_renderer(renderer, place)
+    assert (place/"mapping.safetensors").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["flux"]
+    (place/"notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="a folder of its own"): save_renderer(renderer, place)

@@ -9,7 +9,8 @@ from arm.data.shapes import render
 from arm.data.shapetasks import sample_edit
 from arm.eval.renderers import agreement, decides, follows, render_codes
 from arm.tokenizer.decoder import DecoderConfig
-from arm.tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, PixelRenderer, load_renderer, save_renderer, time_shift
+from arm.tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, PixelRenderer, time_shift
+from arm.tokenizer.renderfiles import load_renderer, save_renderer
 from arm.tokenizer.model import TokenizerConfig, VisualTokenizer
 from arm.tokenizer.vae import VAE, VAEConfig
 from arm.train.data import ShapesPictures, mixed_pictures

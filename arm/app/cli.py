@@ -13,19 +13,20 @@ from pathlib import Path
 import arm
 from .commands import COMMANDS
 from .flags import read_settings
-from .terminal import MODEL, START, Parser, fit_to, load_model, number, one_line, read_picture, save_pictures, size, writable
+from .terminal import MODEL, RENDERERS, START, Parser, exchange_renderer, fit_to, load_model, number, one_line, read_picture, save_pictures, size, writable
 
 # %% ../../nbs/92_app.cli.ipynb #897b1c6c
 def _chosen(args, *names): return {k: getattr(args, k) for k in names}
+def _painter(args): return exchange_renderer(load_model(args.model, args.device, plan=False if getattr(args, "no_plan", False) else None), args.renderer, args.renderers, steps=args.render_steps, guidance=args.render_guidance, shift=args.render_shift)
 
 def _imagine(args):
     out = writable(args.out or "imagined.png", kind="picture")
-    model = load_model(args.model, args.device, plan=False if args.no_plan else None)
+    model = _painter(args)
     save_pictures(model.imagine(args.prompt, args.size, args.n, **_chosen(args, "seed", "temperature", "top_k", "top_p", "cfg_scale")), out, zoom=args.zoom)
 
 def _edit(args):
     out, picture = writable(args.out or f"{Path(args.picture).stem}-edited.png", kind="picture"), read_picture(args.picture)
-    model = load_model(args.model, args.device, plan=False if args.no_plan else None)
+    model = _painter(args)
     save_pictures(model.edit(fit_to(model, picture, args.picture), args.instruction, args.n, **_chosen(args, "seed", "temperature", "text_scale", "image_scale")), out, zoom=args.zoom)
 
 def _ask(args):
@@ -35,7 +36,7 @@ def _ask(args):
 
 def _reconstruct(args):
     out, picture = writable(args.out or f"{Path(args.picture).stem}-reconstructed.png", kind="picture"), read_picture(args.picture)
-    model = load_model(args.model, args.device)
+    model = _painter(args)
     fitted = fit_to(model, picture, args.picture)
     save_pictures([model.reconstruct(fitted)], out, zoom=args.zoom)
     (h, w), bits = model.look(fitted)[1], model.tokenizer.fsq.codebook_size.bit_length() - 1
@@ -60,6 +61,12 @@ def _options(*groups: str) -> Parser:
         p.add_argument("--zoom", type=number(int, 1, 64), default=1, metavar="N", help="write each pixel as N x N pixels (default 1)")
     if "many" in groups: p.add_argument("--n", type=number(int, 1, 256), default=1, metavar="N", help="number of pictures; several are written as FILE-1, FILE-2 ... (default 1)")
     if "seed" in groups: p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="same seed, same result (default 0)")
+    if "paint" in groups:
+        p.add_argument("--renderer", default="", metavar="NAME", help="who paints the tokens: latent, fewstep, feedforward, or another file of --renderers (default: the model's own decoder)")
+        p.add_argument("--renderers", default=str(RENDERERS), metavar="DIR", help="folder of the renderers (default: the shipped ones, data/models/renderers)")
+        p.add_argument("--render-steps", type=number(int, 0, 1000), default=0, metavar="N", help="steps of a renderer that walks; 0: its own (default)")
+        p.add_argument("--render-guidance", type=number(float, 0, 100), default=0., metavar="X", help="guidance of the renderer by the tokens; 1: none; 0: its own (default)")
+        p.add_argument("--render-shift", type=number(float, 0, 100), default=0., metavar="X", help="time shift of its steps, above 1: more of them where noise is; 0: its own (default)")
     if "plan" in groups: p.add_argument("--no-plan", action="store_true", help="no words before the picture or the answer, where the model is used to them")
     p.add_argument("--model", default=str(MODEL), metavar="DIR", help="model folder (default: the shipped one, data/models/tiny-rl)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps or auto (default cpu)")
@@ -82,20 +89,20 @@ def build_parser() -> Parser: # of the whole command
         p.set_defaults(run=run)
         return p
     p = command("imagine", _imagine, "draw a picture of a prompt", ['"a red circle above a small blue square" -o out.png',
-                '"three green triangles" --size 32x48 --n 4 --seed 7 -o out.png', '"firefighter: dark skin tone" --temperature 0 --zoom 8'], "out", "many", "seed", "model", "plan")
+                '"three green triangles" --size 32x48 --n 4 --seed 7 -o out.png', '"firefighter: dark skin tone" --temperature 0 --zoom 8'], "out", "many", "seed", "model", "plan", "paint")
     p.add_argument("prompt", help="what to draw, in words")
     p.add_argument("--size", type=size, default=(48, 48), metavar="HxW", help="height x width in pixels (default 48x48)")
     _heat(p, 1.), _scale(p, "--cfg-scale", "the prompt")
     p.add_argument("--top-k", type=number(int, 0, 2**20), default=0, metavar="K", help="draw from the K likeliest ids; 0: from all (default)")
     p.add_argument("--top-p", type=number(float, 1e-6, 1), default=1., metavar="P", help="draw from the likeliest ids that sum to P (default 1: all)")
-    p = command("edit", _edit, "change a picture as an instruction says", ['in.png "make the circle green" -o out.png', 'in.png "change the skin tone to dark"'], "out", "many", "seed", "model", "plan")
+    p = command("edit", _edit, "change a picture as an instruction says", ['in.png "make the circle green" -o out.png', 'in.png "change the skin tone to dark"'], "out", "many", "seed", "model", "plan", "paint")
     p.add_argument("picture", help="picture file of any format and size")
     p.add_argument("instruction", help="what to change; the rest stays")
     _heat(p, 0.), _scale(p, "--text-scale", "the instruction"), _scale(p, "--image-scale", "the picture")
     p = command("ask", _ask, "answer a question about a picture, or describe it", ['in.png "what color is the circle?"', "in.png"], "model", "plan")
     p.add_argument("picture", help="picture file of any format and size")
     p.add_argument("question", nargs="?", help="without a question: a description")
-    p = command("reconstruct", _reconstruct, "turn a picture into tokens and back", ["in.png -o out.png", "photo.jpg --zoom 8"], "out", "model")
+    p = command("reconstruct", _reconstruct, "turn a picture into tokens and back", ["in.png -o out.png", "photo.jpg --zoom 8", "in.png --renderer latent --render-steps 4"], "out", "model", "paint")
     p.add_argument("picture", help="picture file of any format and size")
     command("train", None, "train a stage, or all of them", ["all", "all --quick", "arm --steps 100 --out runs/try", "all --config run.yaml", "sft --out runs/sft", "grpo --model runs/sft/model --out runs/rl --phase joint"])
     p = command("demo", _demo, "reconstruct, answer, generate and edit held-out pictures, and write a report", ["", "--out runs/mine --model runs/tiny/model --seed 1"], "seed", "model")
@@ -105,7 +112,7 @@ def build_parser() -> Parser: # of the whole command
     return top
 
 # %% ../../nbs/92_app.cli.ipynb #c001464e
-STAGES = {"teacher": "train_teacher", "tokenizer": "train_tokenizer", "decoder": "train_tokenizer", "arm": "train_arm", "all": "train_all", "renderers": "train_renderers", "sft": "train_sft", "grpo": "train_grpo", "codes": "train_codes"}
+STAGES = {"teacher": "train_teacher", "tokenizer": "train_tokenizer", "decoder": "train_tokenizer", "arm": "train_arm", "all": "train_all", "renderers": "train_renderers", "sft": "train_sft", "grpo": "train_grpo", "codes": "train_codes", "flux": "train_flux"}
 
 def train(argv: Sequence[str], # the words after "arm train"
           ) -> None:
@@ -113,7 +120,12 @@ def train(argv: Sequence[str], # the words after "arm train"
     from arm.app.runs import started
     from arm.rl import recipe
     from arm.train import borrowed, renderers, run, sft
-    stages = {stage: getattr({"renderers": renderers, "sft": sft, "grpo": recipe, "codes": borrowed}.get(stage, run), name) for stage, name in STAGES.items()}
+    homes = {"renderers": renderers, "sft": sft, "grpo": recipe, "codes": borrowed}
+    if argv[:1] == ["flux"]:
+        try: from arm.train import painter
+        except ImportError as e: raise ValueError(one_line(e)) from e
+        homes["flux"] = painter
+    stages = {stage: getattr(homes.get(stage, run), name) for stage, name in STAGES.items() if stage != "flux" or stage in homes}
     stage, values = read_settings(argv, stages, "arm train", "Train a stage, or all of them; an interrupted run goes on from its checkpoint. Example: arm train all --quick")
     writable(values["out"], kind="folder")
     with started(values["out"], ["arm", "train", *argv], values): stages[stage](**values)

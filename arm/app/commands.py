@@ -24,9 +24,20 @@ def _benchmark(args):
         from arm.core import save_json
         print(f"wrote {save_json(file, result.as_dict())}")
 
+def _renderers(args, model, out):
+    from arm.core import save_json
+    from arm.eval.renderers import renderer_scores
+    from arm.tokenizer.renderfiles import load_renderers
+    found = load_renderers(args.renderers, model.tokenizer)
+    if len(found) < 2: raise ValueError(f"{args.renderers} holds no renderer; give --renderers a folder written by: arm train renderers")
+    scores = renderer_scores(model, found, args.n, seed=args.seed, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join(f"{key:44} {s['value']:8.3f}  {s['low']:.3f} to {s['high']:.3f}  n={s['n']}" for key, s in scores.items()))
+    if out: print(f"wrote {save_json(out, scores)}")
+
 def _evaluate(args):
     if args.name: return _benchmark(args)
     out, model = args.json and writable(args.json), load_model(args.model, args.device, plan=False if args.no_plan else None)
+    if args.renderers: return _renderers(args, model, out)
     from arm.eval.suite import evaluate, save_scores, score_table
     scores = evaluate(model, n=args.n, seed=args.seed, worlds=tuple(args.worlds))
     print(score_table(scores, quick="--quick" in str(model.card.get("command", "")).split()))
@@ -46,6 +57,7 @@ def _add_eval(command):
     p.add_argument("--size", type=size, default=(48, 48), metavar="HxW", help="of the benchmark's drawings, height x width in pixels (default 48x48)")
     p.add_argument("--json", metavar="FILE", help="write the scores to this file too")
     p.add_argument("--n", type=number(int, 1, 10**6), default=1000, help="items per score, or all that there are (default 1000)")
+    p.add_argument("--renderers", default="", metavar="DIR", help="put the renderers of this folder to their examination instead, beside the model's own decoder")
     p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=("shapes", "openmoji"), help="what to measure on (default: both)")
 
 # %% ../../nbs/91z_app.commands.ipynb #f73833fe

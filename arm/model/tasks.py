@@ -217,6 +217,8 @@ class ArmCodes(ArmWords):
 # %% ../../nbs/34_model.tasks.ipynb #f8d95d20
 class ArmPainted(ArmCodes):
     "Pictures that know what they were painted from."
+    renderer = None # paints in place of the tokenizer's own decoder: anything with `render(indices (B, N), grid)`, see `arm.tokenizer.detokenizer`
+
     def look(self,
         image:Tensor|Image.Image|str|Path, # picture, file, or tensor (3, H, W)
     ) -> Codes: # what the model sees of it
@@ -232,12 +234,13 @@ class ArmPainted(ArmCodes):
 
     def paint(self,
         codes:list[Codes], # of any sizes
-        steps:int=1, # Euler steps of the flow
-    ) -> list[Image.Image]: # one per picture; at one step they carry their codes
+        steps:int=1, # Euler steps of the tokenizer's own decoder; another renderer has its own
+    ) -> list[Image.Image]: # one per picture; those of the own decoder at one step carry their codes
         "Codes to Pillow pictures."
-        pictures = [to_pil(x) for x in self.decode(codes, steps)]
+        other = lambda at: list(self.renderer.render(torch.stack([codes[i][0] for i in at]), codes[at[0]][1]))
+        pictures = [to_pil(x) for x in (self.decode(codes, steps) if self.renderer is None else grouped([grid for _, grid in codes], other))]
         for im, (c, grid) in zip(pictures, codes):
-            if steps == 1: im.info[NOTE] = " ".join(map(str, (*grid, *c.tolist())))
+            if steps == 1 and self.renderer is None: im.info[NOTE] = " ".join(map(str, (*grid, *c.tolist())))
         return pictures
 
 # %% ../../nbs/34_model.tasks.ipynb #5f014f18

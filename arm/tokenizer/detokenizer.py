@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['time_shift', 'DetokenizerConfig', 'LatentDiT', 'guided', 'walk', 'flow_loss', 'reflow_ends', 'PainterConfig',
-           'Painter', 'painter_loss', 'Renderer', 'PixelRenderer', 'Detokenizer', 'FeedForward', 'fingerprint',
-           'save_renderer', 'load_renderer', 'load_renderers']
+           'Painter', 'painter_loss', 'Renderer', 'PixelRenderer', 'Detokenizer', 'FeedForward']
 
 # %% ../../nbs/25a_tokenizer.detokenizer.ipynb #ab142b8c
-import hashlib, torch
+import torch
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from torch import Tensor, nn
-from ..core import config_from_dict, config_to_dict, load_metadata, load_tensors, load_weights, save_tensors
 from .decoder import Block, patchify, sample_flow, sincos_2d, unpatchify
 from .losses import coarse_square, noised, pixel_flow_loss, velocity_from_x
 from .model import VisualTokenizer
-from .vae import VAE, VAEConfig
+from .vae import VAE
 
 # %% ../../nbs/25a_tokenizer.detokenizer.ipynb #d940bac7
 def time_shift(
@@ -40,6 +37,11 @@ class DetokenizerConfig:
     latent:int # channels of a latent
     patch:int # latents per token along a side
     shift:float = 1. # time shift, in training and in sampling
+
+    def __post_init__(self):
+        if min(self.dim, self.n_layer, self.n_head, self.ada_dim, self.code_dim, self.latent, self.patch) < 1 or self.dim % 4 or self.dim % self.n_head:
+            raise ValueError(f"dim={self.dim}, n_layer={self.n_layer}, n_head={self.n_head}, ada_dim={self.ada_dim}, code_dim={self.code_dim}, latent={self.latent}, patch={self.patch}: all at least 1, dim a multiple of 4 and of n_head")
+        if not self.shift > 0: raise ValueError(f"shift={self.shift!r}: it must be above 0; 1 changes nothing")
 
     @classmethod
     def tiny(cls) -> "DetokenizerConfig":
@@ -141,8 +143,14 @@ class PainterConfig:
     dim:int # width, a multiple of 4
     n_layer:int # blocks
     n_head:int # heads
-    code_dim:int # width of the tokenizer's un-projected features
+    code_dim:int # width of what is read
     patch_size:int # px
+    reads:str = "features" # "features": what the tokenizer un-projects; "codes": the bare codes, so that nothing is shared with other renderers
+
+    def __post_init__(self):
+        if min(self.dim, self.n_layer, self.n_head, self.code_dim, self.patch_size) < 1 or self.dim % 4 or self.dim % self.n_head:
+            raise ValueError(f"dim={self.dim}, n_layer={self.n_layer}, n_head={self.n_head}, code_dim={self.code_dim}, patch_size={self.patch_size}: all at least 1, dim a multiple of 4 and of n_head")
+        if self.reads not in ("features", "codes"): raise ValueError(f"reads={self.reads!r}: choose 'features' or 'codes'")
 
     @classmethod
     def tiny(cls) -> "PainterConfig":
@@ -160,7 +168,7 @@ class Painter(nn.Module):
         self.norm, self.out = nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, 3 * cfg.patch_size**2)
 
     def forward(self,
-        codes:Tensor, # (B, N, code_dim)
+        codes:Tensor, # (B, N, code_dim) features or bare codes, as the configuration says
         grid:tuple[int, int], # (h, w), h·w = N
     ) -> Tensor: # (B, 3, H, W), not clamped
         "Paint all patches at once."
@@ -182,7 +190,7 @@ def painter_loss(
 # %% ../../nbs/25a_tokenizer.detokenizer.ipynb #df6c0e4b
 class Renderer:
     "What paints indices: `render` is the same call for all kinds."
-    kind, can_guide = "", False
+    kind, can_guide, can_shift, reads = "", False, False, "features"
     def __init__(self,
         tokenizer:VisualTokenizer, # gives the features of the codes; not saved with the renderer
         steps:int=1, # default of `render`
@@ -190,8 +198,18 @@ class Renderer:
         parts:dict[str, nn.Module]|None=None, # its own networks, one configuration `cfg` each; None: it has none
     ):
         self.tokenizer, self.parts, self.steps, self.guidance = tokenizer.eval(), {k: p.eval() for k, p in (parts or {}).items()}, steps, guidance
+        self.shift:float|None = None # of the walk's times; None: that of its training
+        self.check(steps, guidance, None)
 
-    def paint(self, features:Tensor, grid:tuple[int, int], seed:int, steps:int, guidance:float) -> Tensor: raise NotImplementedError
+    def check(self, steps:int, guidance:float, shift:float|None) -> None:
+        "Refuse what this renderer cannot do."
+        name = type(self).__name__
+        if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps!r} for {name}: a whole number of at least 1")
+        if not guidance >= 0 or guidance == float("inf"): raise ValueError(f"guidance={guidance!r} for {name}: a number of at least 0; 1 is none")
+        if guidance != 1 and not self.can_guide: raise ValueError(f"guidance={guidance} for {name}: it has no guess without codes; leave guidance at 1")
+        if shift is not None and not self.can_shift: raise ValueError(f"shift={shift} for {name}: it takes no shifted steps; leave shift out")
+
+    def paint(self, features:Tensor, grid:tuple[int, int], seed:int, steps:int, guidance:float, shift:float|None) -> Tensor: raise NotImplementedError
 
     @torch.no_grad()
     def render(self,
@@ -201,98 +219,62 @@ class Renderer:
         seed:int=0, # of the noise; all pictures of a batch start from the same one
         steps:int|None=None, # None: the renderer's own
         guidance:float|None=None, # None: the renderer's own; 1 is none
-    ) -> Tensor: # (B, 3, H, W) in [-1, 1]
+        shift:float|None=None, # of the times, see `time_shift`; None: the renderer's own
+    ) -> Tensor: # (B, 3, H, W) in [-1, 1], on the tokenizer's device
         "Pictures that the indices name."
-        steps, guidance = self.steps if steps is None else steps, self.guidance if guidance is None else guidance
+        steps, guidance, shift = (own if asked is None else asked for asked, own in ((steps, self.steps), (guidance, self.guidance), (shift, self.shift)))
         if indices.ndim != 2 or indices.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"indices of shape {tuple(indices.shape)} for a grid of {grid[0]}x{grid[1]}: expected (B, {grid[0] * grid[1]})")
-        if guidance != 1 and not self.can_guide: raise ValueError(f"guidance={guidance} for {type(self).__name__}: it has no guess without codes; leave guidance at 1")
-        features = self.tokenizer.unproject(self.tokenizer.fsq.indices_to_codes(indices), grid)
-        return self.paint(features, grid, seed, steps, guidance).clamp(-1, 1)
+        self.check(steps, guidance, shift)
+        codes = self.tokenizer.fsq.indices_to_codes(indices.to(next(self.tokenizer.parameters()).device))
+        return self.paint(codes if self.reads == "codes" else self.tokenizer.unproject(codes, grid), grid, seed, steps, guidance, shift).clamp(-1, 1)
 
 # %% ../../nbs/25a_tokenizer.detokenizer.ipynb #b0de41e2
 class PixelRenderer(Renderer):
     "The tokenizer's own pixel decoder."
     kind = "pixel"
-    def paint(self, features, grid, seed, steps, guidance):
+    def paint(self, features, grid, seed, steps, guidance, shift):
         "Rectified flow over pixels."
         return sample_flow(self.tokenizer.decoder, features, grid, steps, seed)
 
 class Detokenizer(Renderer):
     "Rectified flow among the latents of an autoencoder (ARM, detokenizer)."
-    kind, can_guide = "latent", True
+    kind, can_guide, can_shift = "latent", True, True
     def __init__(self,
         tokenizer:VisualTokenizer, # gives the features
         vae:VAE, # turns latents into pixels
         dit:LatentDiT, # walks among latents
         steps:int=8, # default of `render`; the paper takes 28
         guidance:float=1., # default of `render`
+        can_guide:bool=True, # False for a student: it has its teacher's guidance in it, and never saw hidden codes
     ):
+        self.can_guide = can_guide
         cfg, patch = dit.cfg, tokenizer.cfg.patch_size
         if (cfg.latent, cfg.patch * vae.cfg.factor, cfg.code_dim) != (vae.cfg.latent, patch, tokenizer.cfg.up_dim):
             raise ValueError(f"latent={cfg.latent}, patch={cfg.patch}, code_dim={cfg.code_dim} do not fit a VAE of {vae.cfg.latent} channels and factor {vae.cfg.factor} and a tokenizer of "
                              f"{patch} px and width {tokenizer.cfg.up_dim}: patch times factor is the tokenizer's patch, the other two are equal")
         super().__init__(tokenizer, steps, guidance, dict(vae=vae, dit=dit))
 
-    def paint(self, features, grid, seed, steps, guidance):
+    def paint(self, features, grid, seed, steps, guidance, shift):
         "Walk among latents, then decode them."
         vae, dit, cfg = self.parts["vae"], self.parts["dit"], self.parts["dit"].cfg
         noise = torch.randn(1, cfg.latent, grid[0] * cfg.patch, grid[1] * cfg.patch, generator=torch.Generator().manual_seed(seed)).to(features.device)
-        return vae.decode(walk(guided(dit, features, guidance), noise.expand(len(features), -1, -1, -1), steps, cfg.shift))
+        return vae.decode(walk(guided(dit, features, guidance), noise.expand(len(features), -1, -1, -1), steps, cfg.shift if shift is None else shift))
 
 # %% ../../nbs/25a_tokenizer.detokenizer.ipynb #91dca181
 class FeedForward(Renderer):
     "One pass of a painter; the seed changes nothing."
     kind = "feedforward"
     def __init__(self,
-        tokenizer:VisualTokenizer, # gives the features
-        painter:Painter, # features to pixels
-    ): super().__init__(tokenizer, parts=dict(painter=painter))
+        tokenizer:VisualTokenizer, # gives codes or features
+        painter:Painter, # these to pixels
+    ):
+        super().__init__(tokenizer, parts=dict(painter=painter))
+        self.reads = painter.cfg.reads
+        if painter.cfg.code_dim != (fits := tokenizer.fsq.n_channel if self.reads == "codes" else tokenizer.cfg.up_dim) or painter.cfg.patch_size != tokenizer.cfg.patch_size:
+            raise ValueError(f"code_dim={painter.cfg.code_dim}, patch_size={painter.cfg.patch_size} do not fit the {self.reads} of this tokenizer: they are {fits} wide, its patches have {tokenizer.cfg.patch_size} px")
 
-    def paint(self, features, grid, seed, steps, guidance):
+    def paint(self, features, grid, seed, steps, guidance, shift):
         "Features to pixels."
         if steps != 1: raise ValueError(f"steps={steps} for FeedForward: it paints in one pass; leave steps at 1")
         return self.parts["painter"](features, grid)
-
-# %% ../../nbs/25a_tokenizer.detokenizer.ipynb #83f439c8
-def fingerprint(
-    tokenizer:VisualTokenizer, # whose codes and features a renderer was trained on
-) -> str: # 16 hex digits, the same before and after saving in bfloat16
-    "What makes two tokenizers the same to a renderer: projection and un-projection."
-    weights = (*tokenizer.down.parameters(), *tokenizer.up.parameters())
-    return hashlib.sha1(b"".join(p.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes() for p in weights)).hexdigest()[:16]
-
-def save_renderer(
-    renderer:Renderer, # with networks of its own
-    path:str|Path, # a .safetensors file
-    dtype:torch.dtype=torch.bfloat16, # of the weights
-) -> Path: # the path written
-    "Write a renderer's networks, their configurations and its defaults to one file."
-    if not renderer.parts: raise ValueError(f"{type(renderer).__name__} has no weights of its own; save its tokenizer instead")
-    facts = dict(kind=renderer.kind, config={k: config_to_dict(p.cfg) for k, p in renderer.parts.items()}, steps=renderer.steps, guidance=renderer.guidance, tokenizer=fingerprint(renderer.tokenizer))
-    return save_tensors(path, {f"{k}.{n}": v.to(dtype) for k, p in renderer.parts.items() for n, v in p.state_dict().items()}, facts)
-
-# %% ../../nbs/25a_tokenizer.detokenizer.ipynb #8177874c
-def load_renderer(
-    path:str|Path, # a file that `save_renderer` wrote
-    tokenizer:VisualTokenizer, # the one that it was trained on
-) -> Renderer: # ready to use, on the tokenizer's device
-    "Read a renderer; a foreign file or another tokenizer raises `ValueError`."
-    facts, tensors = load_metadata(path), load_tensors(path)
-    kinds = {"latent": (Detokenizer, dict(vae=(VAE, VAEConfig), dit=(LatentDiT, DetokenizerConfig))), "feedforward": (FeedForward, dict(painter=(Painter, PainterConfig)))}
-    if facts.get("kind") not in kinds: raise ValueError(f"{path}: no renderer (kind {facts.get('kind')!r}, expected one of {', '.join(kinds)}); give a file that save_renderer wrote")
-    if facts["tokenizer"] != fingerprint(tokenizer): raise ValueError(f"{path}: trained on the features of another tokenizer; load it with its own, or train it anew: arm train renderers")
-    (cls, wanted), device, parts = kinds[facts["kind"]], next(tokenizer.parameters()).device, {}
-    for name, (network, config) in wanted.items():
-        own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-        parts[name] = load_weights(network(config_from_dict(config, facts["config"][name])), own, source=path).to(device)
-    renderer = cls(tokenizer, **parts)
-    renderer.steps, renderer.guidance = facts["steps"], facts["guidance"]
-    return renderer
-
-def load_renderers(
-    folder:str|Path, # with .safetensors files that `save_renderer` wrote; may be missing
-    tokenizer:VisualTokenizer, # the one that they were trained on
-) -> dict[str, Renderer]: # by file name, the tokenizer's own first
-    "All renderers of a tokenizer."
-    return {"pixel": PixelRenderer(tokenizer)} | {p.stem: load_renderer(p, tokenizer) for p in sorted(Path(folder).glob("*.safetensors"))}

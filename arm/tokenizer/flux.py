@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core import seeded
 from .decoder import patchify, sincos_2d, unpatchify
 from .model import VisualTokenizer
+from .renderfiles import fingerprint, glimpse
 
 if not all(map(find_spec, ("diffusers", "peft"))): raise ImportError("arm.tokenizer.flux needs diffusers and peft; install them with: pip install 'arm[flux]'")
 
@@ -96,6 +97,10 @@ class RendererConfig:
     def __post_init__(self):
         if self.family not in FAMILIES: raise ValueError(f"family={self.family!r}: choose {' or '.join(map(repr, FAMILIES))}")
         if self.trainable not in ("mapping", "lora", "full"): raise ValueError(f"trainable={self.trainable!r}: choose 'mapping', 'lora' or 'full'")
+        if min(self.feature_dim, self.width, self.token_px, self.rank, self.steps) < 1 or self.width % 4:
+            raise ValueError(f"feature_dim={self.feature_dim}, width={self.width}, token_px={self.token_px}, rank={self.rank}, steps={self.steps}: all at least 1, width a multiple of 4")
+        if not (self.shift is None or self.shift > 0) or not 0 <= self.drop < 1 or not self.guidance >= 0:
+            raise ValueError(f"shift={self.shift}, drop={self.drop}, guidance={self.guidance}: shift above 0 (None: by size), drop a share below 1, guidance at least 0")
 
     @classmethod
     def tiny(cls, family:str="flux") -> "RendererConfig": # or "sana"
@@ -144,7 +149,8 @@ def token_features(
     def features(indices, grid):
         if indices.ndim != 2 or indices.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"indices of shape {tuple(indices.shape)} for a grid of {grid[0]}x{grid[1]}: expected (B, {grid[0] * grid[1]})")
-        return tokenizer.unproject(tokenizer.fsq.indices_to_codes(indices), grid)
+        return tokenizer.unproject(tokenizer.fsq.indices_to_codes(indices.to(next(tokenizer.parameters()).device)), grid)
+    features.tokenizer = fingerprint(tokenizer) # files of a renderer hold on to it
     return features
 
 # %% ../../nbs/26_tokenizer.flux.ipynb #59f9e6f0
@@ -158,11 +164,15 @@ class LatentRenderer(nn.Module):
     ):
         super().__init__()
         self.cfg, self.features, self.transformer, self.vae = cfg, features, transformer, vae.requires_grad_(False)
-        self.mapping = TokenMapping(cfg.feature_dim, cfg.width, *self.cond_dims)
+        self.mapping, self.made_of = TokenMapping(cfg.feature_dim, cfg.width, *self.cond_dims), dict(painter=glimpse(transformer, vae), tokenizer=getattr(features, "tokenizer", None))
         transformer.requires_grad_(cfg.trainable == "full")
         if cfg.trainable == "lora":
             from peft import LoraConfig
-            transformer.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+            transformer.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=self.attention))
+        for p in transformer.parameters():
+            if p.requires_grad: p.data = p.data.float() # the small steps of Adam would be lost in bfloat16
+
+    dtype = property(lambda self: next(p.dtype for k, p in self.transformer.named_parameters() if "lora_" not in k), doc="Of what goes into the transformer.")
 
     def latent_size(self, grid:tuple[int, int]) -> tuple[int, int]: # (h, w) tokens to height and width of the latent
         "Size of what is painted; its sides must be whole numbers of the transformer's vectors."
@@ -172,7 +182,7 @@ class LatentRenderer(nn.Module):
 
     def shift(self, size:tuple[int, int]) -> float: # of the latent; a factor
         "Time shift for this size."
-        return self.cfg.shift or flux_shift(size[0] * size[1] // self.pack**2)
+        return flux_shift(size[0] * size[1] // self.pack**2) if self.cfg.shift is None else self.cfg.shift
 
     @torch.no_grad()
     def render(self,
@@ -213,7 +223,7 @@ def walk(
 # %% ../../nbs/26_tokenizer.flux.ipynb #ba7176ec
 class FluxRenderer(LatentRenderer):
     "FLUX.1 (FluxTransformer2DModel, AutoencoderKL) that paints from tokens."
-    pack = 2
+    pack, attention = 2, ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"] # latents, and what they are told
     factor = property(lambda self: 2 ** (len(self.vae.config.block_out_channels) - 1))
     channels = property(lambda self: self.transformer.config.in_channels // 4)
     cond_dims = property(lambda self: (self.transformer.config.joint_attention_dim, self.transformer.config.pooled_projection_dim))
@@ -233,7 +243,7 @@ class FluxRenderer(LatentRenderer):
         guidance:float, # strength, used if the transformer embeds it
     ) -> Tensor: # (B, channels, h, w) float32
         "Noise minus picture, as the transformer sees it."
-        size, dtype, here = (x.shape[-2] // 2, x.shape[-1] // 2), self.transformer.dtype, x.device
+        size, dtype, here = (x.shape[-2] // 2, x.shape[-1] // 2), self.dtype, x.device
         v = self.transformer(hidden_states=patchify(x, 2).to(dtype), timestep=sigma.to(dtype), encoder_hidden_states=cond[0].to(dtype), pooled_projections=cond[1].to(dtype),
             guidance=torch.full_like(sigma, guidance) if self.embeds_guidance else None, img_ids=position_ids(size, device=here),
             txt_ids=position_ids(grid, kind=1., step=self.cfg.token_px / (self.factor * 2), device=here), return_dict=False)[0]
@@ -242,6 +252,7 @@ class FluxRenderer(LatentRenderer):
 # %% ../../nbs/26_tokenizer.flux.ipynb #da3efcb0
 class SanaRenderer(LatentRenderer):
     "SANA (SanaTransformer2DModel, AutoencoderDC) that paints from tokens."
+    attention = ["to_q", "to_k", "to_v", "to_out.0"]
     pack = property(lambda self: self.transformer.config.patch_size)
     factor = property(lambda self: 2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
     channels = property(lambda self: self.transformer.config.in_channels)
@@ -262,10 +273,18 @@ class SanaRenderer(LatentRenderer):
         guidance:float, # not used: SANA's guidance is classifier-free
     ) -> Tensor: # (B, channels, h, w) float32
         "Noise minus picture, as the transformer sees it."
-        dtype = self.transformer.dtype
-        return self.transformer(x.to(dtype), encoder_hidden_states=cond[0].to(dtype), timestep=1000 * sigma * self.transformer.config.timestep_scale, return_dict=False)[0].float()
+        return self.transformer(x.to(self.dtype), encoder_hidden_states=cond[0].to(self.dtype), timestep=1000 * sigma * self.transformer.config.timestep_scale, return_dict=False)[0].float()
 
 # %% ../../nbs/26_tokenizer.flux.ipynb #bf6ca59b
+def _whole(name, source, folder, where, **kwargs):
+    "A network of diffusers, if the folder holds all of just this one."
+    import diffusers
+    kind = getattr(diffusers, name)
+    if (held := kind.load_config(source, subfolder=folder, **where).get("_class_name")) != name: raise ValueError(f"its {folder} is {held}, not {name}")
+    network, told = kind.from_pretrained(source, subfolder=folder, use_safetensors=True, output_loading_info=True, **where, **kwargs)
+    if odd := [k for words in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in told.get(words) or []]: raise ValueError(f"{len(odd)} weights of its {folder} are missing, too many or of another shape, {odd[0]} among them")
+    return network
+
 def pretrained_parts(
     source:str, # local folder, or hub id such as "black-forest-labs/FLUX.1-dev"
     family:str, # "flux" or "sana"
@@ -277,8 +296,7 @@ def pretrained_parts(
     import diffusers
     where = dict(revision=revision, local_files_only=local_only)
     try:
-        parts = [getattr(diffusers, kind[0]).from_pretrained(source, subfolder=folder, torch_dtype=dtype, use_safetensors=True, **where)
-                 for kind, folder in zip(FAMILIES[family], ("transformer", "vae"))]
+        parts = [_whole(kind[0], source, folder, where, torch_dtype=dtype) for kind, folder in zip(FAMILIES[family], ("transformer", "vae"))]
         s = diffusers.FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler", **where)
     except (OSError, ValueError) as e:
         raise ValueError(f"{source} is no {family} painter that can be read ({str(e).strip().splitlines()[0]}); give a folder or hub id with transformer, vae and scheduler as safetensors") from e
@@ -292,9 +310,10 @@ def make_renderer(
     features:Callable[[Tensor, tuple[int, int]], Tensor], # see `token_features`
     source:str|None=None, # folder or hub id of real weights; None: a tiny random painter
     *, seed:int=0, # of the mapping, the adapters and random weights
-    dtype:torch.dtype=torch.bfloat16, # of real weights
+    dtype:torch.dtype=torch.bfloat16, # of real weights; what is trained is kept in float32
+    revision:str|None=None, # of real weights, a commit on the hub; None: the newest
     local_only:bool=False, # True never asks the network
 ) -> LatentRenderer: # ready to train or to render
     "A renderer of the configured family."
-    *parts, shift = (*random_parts(cfg.family, seed=seed), cfg.shift) if source is None else pretrained_parts(source, cfg.family, dtype=dtype, local_only=local_only)
+    *parts, shift = (*random_parts(cfg.family, seed=seed), cfg.shift) if source is None else pretrained_parts(source, cfg.family, dtype=dtype, revision=revision, local_only=local_only)
     with seeded(seed, "renderer"): return (FluxRenderer if cfg.family == "flux" else SanaRenderer)(replace(cfg, shift=shift), features, *parts)

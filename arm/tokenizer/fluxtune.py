@@ -6,6 +6,7 @@
 __all__ = ['flow_loss', 'save_renderer', 'load_renderer']
 
 # %% ../../nbs/26a_tokenizer.fluxtune.ipynb #2051728a
+import os, shutil
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -40,14 +41,23 @@ def _adapters(
 
 def save_renderer(
     renderer:LatentRenderer, # of either family
-    folder:str|Path, # to create or fill
+    folder:str|Path, # of its own, to create or replace
 ) -> Path: # the folder
-    "Write settings and what was trained as JSON and safetensors; what was borrowed and frozen is left out."
+    "Write settings and what was trained as JSON and safetensors, in one step; what was borrowed and frozen is left out."
     folder, trainable = Path(folder), renderer.cfg.trainable
-    save_tensors(folder/"mapping.safetensors", renderer.mapping.state_dict())
-    if trainable == "lora": save_tensors(folder/"adapters.safetensors", _adapters(renderer))
-    if trainable == "full": renderer.transformer.save_pretrained(folder/"transformer")
-    save_json(folder/"renderer.json", config_to_dict(renderer.cfg))
+    part, old = (folder.with_name(f".{word}-{os.getpid()}-{folder.name}") for word in ("tmp", "old"))
+    if folder.is_dir() and (foreign := sorted({p.name for p in folder.iterdir()} - {"mapping.safetensors", "adapters.safetensors", "transformer", "renderer.json"})):
+        raise ValueError(f"{folder} holds {foreign[0]}, which is no part of a renderer; give a folder of its own")
+    try:
+        save_tensors(part/"mapping.safetensors", renderer.mapping.state_dict())
+        if trainable == "lora": save_tensors(part/"adapters.safetensors", _adapters(renderer))
+        if trainable == "full": renderer.transformer.save_pretrained(part/"transformer")
+        save_json(part/"renderer.json", dict(config=config_to_dict(renderer.cfg), made_of=renderer.made_of))
+        if folder.is_dir(): folder.rename(old)
+        part.rename(folder)
+    finally:
+        if old.is_dir() and not folder.exists(): old.rename(folder) # what was there is there again
+        for left in (part, old): shutil.rmtree(left, ignore_errors=True)
     return folder
 
 def load_renderer(
@@ -55,9 +65,12 @@ def load_renderer(
     folder:str|Path, # written by `save_renderer`
 ) -> LatentRenderer: # `renderer` itself
     "Read back what was trained."
-    folder = Path(folder)
-    cfg = config_from_dict(RendererConfig, load_json(folder/"renderer.json"))
+    folder, note = Path(folder), load_json(Path(folder)/"renderer.json")
+    if not {"config", "made_of"} <= note.keys(): raise ValueError(f"{folder}/renderer.json is no renderer's: it needs config and made_of; give a folder that save_renderer wrote")
+    cfg = config_from_dict(RendererConfig, note["config"])
     if cfg != renderer.cfg: raise ValueError(f"{folder} holds {cfg}, but this renderer is {renderer.cfg}; make it with the settings of the folder")
+    for what in ("painter", "tokenizer"):
+        if note["made_of"].get(what) != renderer.made_of[what]: raise ValueError(f"{folder} was trained with another {what}; load it onto the one that it knows")
     if cfg.trainable == "lora":
         from peft import set_peft_model_state_dict
         adapters, own = load_tensors(folder/"adapters.safetensors"), _adapters(renderer)
@@ -65,7 +78,7 @@ def load_renderer(
             raise ValueError(f"{folder/'adapters.safetensors'} does not fit this transformer; load it with the painter that it was trained on")
         set_peft_model_state_dict(renderer.transformer, adapters)
     if cfg.trainable == "full":
-        whole = type(renderer.transformer).from_pretrained(folder/"transformer", use_safetensors=True, torch_dtype=renderer.transformer.dtype)
+        whole = type(renderer.transformer).from_pretrained(folder/"transformer", use_safetensors=True, torch_dtype=renderer.dtype)
         load_weights(renderer.transformer, whole.state_dict(), source=folder)
     load_weights(renderer.mapping, load_tensors(folder/"mapping.safetensors"), source=folder)
     return renderer

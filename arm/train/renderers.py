@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import lightning as L, torch
 from torch import Tensor, nn
-from ..core import load_tensors, load_weights, make_rng, same_settings
-from ..tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, Renderer, flow_loss, painter_loss, reflow_ends, save_renderer, time_shift
+from ..core import load_json, load_tensors, load_weights, make_rng, same_settings
+from ..model.tasks import Arm
+from ..tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, Renderer, flow_loss, painter_loss, reflow_ends, time_shift
+from ..tokenizer.renderfiles import digest, fingerprint, save_renderer
 from ..tokenizer.model import VisualTokenizer, flip_bits
-from ..tokenizer.siglip import freeze
+from ..tokenizer.siglip import SiglipTowers, freeze
 from ..tokenizer.vae import VAE, VAEConfig, calibrate, vae_loss
 from .data import Pictures, mixed_pictures
-from .run import finish, fit, folder, load_tokenizer, pictures, run_config
+from .run import finish, fit, folder, load_teacher, load_tokenizer, pictures, run_config
 from .tokenizer import Dice, adamw, processes
 
 # %% ../../nbs/44_train.renderers.ipynb #01a9f3d6
@@ -54,9 +56,11 @@ class OnCodes(L.LightningModule):
         lr:float, # peak learning rate
         flip_rate:float, # share of bits flipped before the un-projection
         seed:int, # of everything random
+        towers:SiglipTowers|None=None, # frozen, whose features the codes are made of; None: the codes are made of pixels
     ):
         super().__init__()
-        self.tokenizer, self.network = freeze(tokenizer), network
+        self.tokenizer, self.network, self.towers = freeze(tokenizer), network, freeze(towers) if towers is not None else None
+        if towers is None and tokenizer.cfg.source != "patch": raise ValueError(f"a tokenizer with source={tokenizer.cfg.source!r} makes codes of a frozen encoder's features; give its towers")
         self.n_steps, self.lr, self.flip_rate, self.seed = n_steps, lr, flip_rate, seed
 
     def on_train_start(self):
@@ -69,12 +73,13 @@ class OnCodes(L.LightningModule):
     def features(self,
         images:Tensor, # (B, 3, H, W)
         dice:Dice, # source of the flips
-    ) -> Tensor: # (B, N, up_dim)
+    ) -> Tensor: # (B, N, up_dim), or the codes (B, N, Q) for a network that reads those
         "Un-projected codes, with a few bits flipped."
-        codes = self.tokenizer.quantise(images)
+        codes = self.tokenizer.quantise(images, None if self.towers is None else self.towers.features(images))
         if self.flip_rate:
             every = torch.ones(len(codes) * dice.world, *codes.shape[1:])
             codes = codes * flip_bits(every, self.flip_rate, dice.generator)[dice.rank::dice.world].to(codes)
+        if getattr(self.network.cfg, "reads", "features") == "codes": return codes
         return self.tokenizer.unproject(codes, self.tokenizer.grid(images))
 
     def configure_optimizers(self): return adamw(self.network, self.lr, self.n_steps)
@@ -95,9 +100,10 @@ class LitDetokenizer(OnCodes):
         zero_share:float=.3, # share of pictures that start from pure noise; for one step, take more
         flip_rate:float=.01, # share of bits flipped
         seed:int=0, # of everything random
+        towers:SiglipTowers|None=None, # see `OnCodes`
     ):
         if not 0 <= drop < 1 or not 0 <= zero_share <= 1: raise ValueError(f"drop={drop}, zero_share={zero_share}: both are shares; drop lies in [0, 1), zero_share in [0, 1]")
-        super().__init__(tokenizer, dit, n_steps, lr, flip_rate, seed)
+        super().__init__(tokenizer, dit, n_steps, lr, flip_rate, seed, towers)
         self.vae, self.teacher = freeze(vae), freeze(teacher) if teacher is not None else None
         self.teacher_steps, self.teacher_guidance, self.drop, self.zero_share = teacher_steps, teacher_guidance, drop if teacher is None else 0., zero_share
 
@@ -125,7 +131,8 @@ class LitPainter(OnCodes):
         lr:float=2e-3, # peak learning rate
         flip_rate:float=.01, # share of bits flipped
         seed:int=0, # of the flips
-    ): super().__init__(tokenizer, painter, n_steps, lr, flip_rate, seed)
+        towers:SiglipTowers|None=None, # see `OnCodes`
+    ): super().__init__(tokenizer, painter, n_steps, lr, flip_rate, seed, towers)
 
     def training_step(self, batch:Pictures, batch_idx:int) -> Tensor:
         "Squared error of pixels."
@@ -143,6 +150,7 @@ class RenderersRun:
     painter_steps:int # feed-forward renderer
     batch:int = 64 # pictures per step
     guidance:float = 1. # of the teacher, built into the student
+    shift:float = 1. # time shift of the walk, in training and in sampling
 
     @classmethod
     def shipped(cls) -> "RenderersRun":
@@ -158,24 +166,34 @@ def renderers_run(
     quick:bool=False, # the short run on shapes alone
     steps:int=0, # length of every stage; 0 takes the run's own
     batch:int=0, # pictures per step; 0 takes the run's own
+    guidance:float=0., # of the teacher; 0 takes the run's own
+    shift:float=0., # of the walk's times; 0 takes the run's own
 ) -> RenderersRun: # the run, with what was asked for in place of its own numbers
     "A preset with other lengths or another batch."
-    new = {f"{k}_steps": steps for k in ("vae", "flow", "reflow", "painter")} | {"batch": batch}
+    new = {f"{k}_steps": steps for k in ("vae", "flow", "reflow", "painter")} | {"batch": batch, "guidance": guidance, "shift": shift}
+    if odd := [k for k, v in new.items() if not v >= 0]: raise ValueError(f"{odd[0]}={new[odd[0]]!r}: it must be above 0; 0 takes the run's own")
     return replace(RenderersRun.quick() if quick else RenderersRun.shipped(), **{k: v for k, v in new.items() if v})
 
 # %% ../../nbs/44_train.renderers.ipynb #70debc4f
 class RendererStage:
     "What the stages of a run share: its tokenizer, its pictures, and a folder each."
     def __init__(self,
-        out:str|Path, # run folder, with a finished tokenizer and decoder
+        out:str|Path, # run folder
         run:RenderersRun, # lengths
         quick:bool, # shapes alone
         every:int, # steps between checkpoints and sheets of samples
+        model:str|Path="", # folder of a whole model with the tokenizer; empty: the run folder's own
     ):
         self.out, self.run, self.every, settings = Path(out), run, every, run_config(quick)
-        self.tokenizer, self.seed, self.streams = load_tokenizer(out), settings.seed + 10, pictures(settings)
+        self.tokenizer = Arm.from_pretrained(model).tokenizer if model else load_tokenizer(out)
+        note = Path(out) / "decoder" / "settings.json"
+        known = Arm.from_pretrained(model).card.get("run", {}).get("worlds") if model else load_json(note).get("worlds") if note.exists() else None
+        if known and (unknown := sorted(set(settings.worlds) - set(known))):
+            raise ValueError(f"the tokenizer of {model or out} was trained on {', '.join(known)}, not on {', '.join(unknown)}; add --quick for shapes alone")
+        self.towers = None if self.tokenizer.cfg.source == "patch" else load_teacher(out)[0]
+        self.seed, self.streams, self.fingerprint = settings.seed + 10, pictures(settings), fingerprint(self.tokenizer)
         self.look = torch.cat([w(make_rng(self.seed, "look"), 8).images[:, :, :32, :32] for w in self.streams])
-        self.ids = self.tokenizer.encode(self.look)
+        self.ids = self.tokenizer.encode(self.look, None if self.towers is None else self.towers.features(self.look))
 
     def trained(self,
         stage:str, # name of the folder
@@ -184,13 +202,14 @@ class RendererStage:
         draw, # () -> (B, 3, H, W), pictures to look at beside the true ones
         turn:int, # number of the stage: each has its own batches
         close=lambda: None, # what to do when training is over
+        **made_of, # what else its result depends on: names of weights, options
     ) -> nn.Module: # `network`
-        "Train a stage, or read what it left."
+        "Train a stage, or read what it left; what stands on other weights is not taken over."
         path, n = self.out / stage, module.n_steps
-        settings = dict(steps=n, batch=self.run.batch, seed=self.seed, worlds=len(self.streams))
+        settings = dict(steps=n, batch=self.run.batch, seed=self.seed, worlds=len(self.streams), **made_of)
         if same_settings(path, settings): return load_weights(network, load_tensors(folder(self.out, stage) / "network.safetensors"), source=path).eval()
         same_settings(path, settings, begin=True)
-        fit(module, mixed_pictures(self.streams, self.run.batch, self.seed + turn), n, path, stage, samples=lambda: torch.cat([self.look, draw().clamp(-1, 1)]), every=self.every)
+        fit(module, mixed_pictures(self.streams, self.run.batch, self.seed + turn), n, path, stage, samples=lambda: torch.cat([self.look, draw().clamp(-1, 1).cpu()]), every=self.every)
         close()
         finish(path, dict(network=network), n)
         return network.eval()
@@ -202,40 +221,47 @@ class RendererStages(RendererStage):
         "The autoencoder, calibrated."
         L.seed_everything(self.seed, verbose=False)
         vae = VAE(VAEConfig.tiny())
+        if self.tokenizer.cfg.patch_size % vae.cfg.factor: raise ValueError(f"patches of {self.tokenizer.cfg.patch_size} px: the autoencoder folds {vae.cfg.factor} px into a latent, and a patch must be a multiple of that")
         typical = [w(make_rng(self.seed, "calibrate", i), 32).images for w in self.streams for i in range(8)]
-        return self.trained("vae", vae, LitVAE(vae, self.run.vae_steps, seed=self.seed), lambda: vae.decode(vae.encode(self.look)), 0, lambda: calibrate(vae.eval(), typical))
+        return self.trained("vae", vae, LitVAE(vae, self.run.vae_steps, seed=self.seed), lambda: vae.decode(vae.encode(self.look.to(vae.mean.device))), 0, lambda: calibrate(vae.eval(), typical))
 
-    def painted(self, renderer:Renderer) -> Tensor: return renderer.render(self.ids, (4, 4))
+    def painted(self, renderer:Renderer) -> Tensor: return renderer.render(self.ids, self.tokenizer.grid(self.look))
 
     def walker(self, vae:VAE, teacher:LatentDiT|None=None) -> LatentDiT:
         "The latent walk; with a teacher, its student."
         L.seed_everything(self.seed + 1, verbose=False)
-        dit, run, new = LatentDiT(DetokenizerConfig.tiny()), self.run, teacher is None
+        run, new, cfg = self.run, teacher is None, self.tokenizer.cfg
+        dit = LatentDiT(replace(DetokenizerConfig.tiny(), code_dim=cfg.up_dim, patch=cfg.patch_size // vae.cfg.factor, latent=vae.cfg.latent, shift=run.shift))
         if not new: dit.load_state_dict(teacher.state_dict())
         module = LitDetokenizer(self.tokenizer, vae, dit, run.flow_steps if new else run.reflow_steps, lr=2e-3 if new else 5e-4, teacher=teacher, teacher_guidance=run.guidance,
-                                zero_share=.3 if new else .7, seed=self.seed)
-        return self.trained("detokenizer" if new else "fewstep", dit, module, lambda: self.painted(Detokenizer(self.tokenizer, vae, dit, 8 if new else 1)), 1 if new else 2)
+                                zero_share=.3 if new else .7, seed=self.seed, towers=self.towers)
+        made_of = dict(tokenizer=self.fingerprint, vae=digest(vae), shift=run.shift) | ({} if new else dict(teacher=digest(teacher), guidance=run.guidance))
+        return self.trained("detokenizer" if new else "fewstep", dit, module, lambda: self.painted(Detokenizer(self.tokenizer, vae, dit, 8 if new else 1)), 1 if new else 2, **made_of)
 
     def painter(self) -> Painter:
-        "The feed-forward renderer's network."
+        "The feed-forward renderer's network: it reads the bare codes, and so shares nothing with the others."
         L.seed_everything(self.seed + 3, verbose=False)
-        painter = Painter(PainterConfig.tiny())
-        return self.trained("feedforward", painter, LitPainter(self.tokenizer, painter, self.run.painter_steps, seed=self.seed), lambda: self.painted(FeedForward(self.tokenizer, painter)), 3)
+        painter = Painter(replace(PainterConfig.tiny(), code_dim=self.tokenizer.fsq.n_channel, patch_size=self.tokenizer.cfg.patch_size, reads="codes"))
+        module = LitPainter(self.tokenizer, painter, self.run.painter_steps, seed=self.seed, towers=self.towers)
+        return self.trained("feedforward", painter, module, lambda: self.painted(FeedForward(self.tokenizer, painter)), 3, tokenizer=self.fingerprint)
 
 # %% ../../nbs/44_train.renderers.ipynb #5fcc81e2
 def train_renderers(
-    out:str="runs/tiny", # run folder, with a finished tokenizer and decoder
+    out:str="runs/tiny", # run folder; without `model` it holds a finished tokenizer and decoder
     quick:bool=False, # the short run on shapes alone
     steps:int=0, # length of every stage; 0 takes the run's own
     *,
+    model:str="", # folder of a whole model, whose tokenizer is taken; empty: that of the run folder
     batch:int=0, # pictures per step; 0 takes the run's own
+    guidance:float=0., # of the teacher, built into the student; 0 takes the run's own, 1
+    shift:float=0., # time shift of the walk; 0 takes the run's own, 1
     every:int=250, # steps between checkpoints and sheets of samples
 ) -> Path: # OUT/renderers, for `load_renderers`
     "Autoencoder, latent walk, its student and the painter, on the codes of a run; finished stages are skipped."
-    do = RendererStages(out, renderers_run(quick, steps, batch), quick, every)
+    do = RendererStages(out, renderers_run(quick, steps, batch, guidance, shift), quick, every, model)
     vae = do.vae()
     teacher = do.walker(vae)
-    done = dict(latent=Detokenizer(do.tokenizer, vae, teacher, steps=8), fewstep=Detokenizer(do.tokenizer, vae, do.walker(vae, teacher), steps=1),
+    done = dict(latent=Detokenizer(do.tokenizer, vae, teacher, steps=8), fewstep=Detokenizer(do.tokenizer, vae, do.walker(vae, teacher), steps=1, can_guide=False),
                 feedforward=FeedForward(do.tokenizer, do.painter()))
     for name, renderer in done.items(): save_renderer(renderer, Path(out) / "renderers" / f"{name}.safetensors")
     return Path(out) / "renderers"

@@ -105,11 +105,10 @@ class Samples(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         if trainer.global_step % self.every and trainer.global_step != trainer.max_steps or not trainer.is_global_zero: return
+        modes = {m: m.training for m in module.modules()} # frozen parts stay in evaluation mode
         module.eval()
-        with torch.no_grad(): images = self.draw()
-        module.train()
-        for frozen in ("towers", "reader"):
-            if hasattr(module, frozen): getattr(module, frozen).eval()
+        with torch.no_grad(): images = self.draw().cpu()
+        for m, training in modes.items(): m.training = training
         h, w = images.shape[-2:]
         cols = min(8, len(images))
         sheet = torch.ones(3, math.ceil(len(images) / cols) * (h + 2), cols * (w + 2))
@@ -132,6 +131,7 @@ def fit(
     num_workers:int=0, # processes that prepare batches
 ) -> L.LightningModule: # the trained module
     "Train with Lightning: CSV log, progress bar, a checkpoint every so many steps, and exact resume from it."
+    if every < 1: raise ValueError(f"every={every}: steps between checkpoints are at least 1")
     out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", message=".*num_workers.*|.*does not have many workers.*|.*Checkpoint directory.*|.*log_every_n_steps.*|.*LeafSpec.*|.*isinstance.treespec.*|.*transfer_batch_to_device.*|.*in eval mode at the start.*")
     keep = ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
@@ -235,7 +235,7 @@ def train_tokenizer(
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
-    show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look), tokenizer.grid(look), steps=1)])
+    show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look.to(module.device)), tokenizer.grid(look), steps=1).cpu()])
     same_settings(path, run, *what, begin=True)
     fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every)
     if joint: tokenizer.settle() # later stages and users see the codes of the weights that are saved
