@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['stable_hash', 'make_rng', 'make_generator', 'seeded', 'atomic_path', 'atomic_write', 'save_json', 'load_json',
            'save_tensors', 'load_tensors', 'load_metadata', 'load_weights', 'count_parameters', 'config_to_dict',
-           'config_from_dict', 'same_settings', 'pick_device', 'pick_precision', 'to_float', 'to_uint8', 'to_pil']
+           'config_from_dict', 'same_settings', 'device_of', 'pick_device', 'pick_precision', 'to_float', 'to_uint8',
+           'to_pil']
 
 # %% ../nbs/00_core.ipynb #5c5416b2
 import dataclasses, difflib, hashlib, json, os, random, secrets, types, typing
@@ -204,6 +205,11 @@ def same_settings(folder: str | Path, # of a run, new or not
     return (note.parent/done).exists()
 
 # %% ../nbs/00_core.ipynb #4270156d
+def device_of(module: torch.nn.Module, # any module
+              ) -> torch.device: # the CPU for one without numbers
+    "Where a module's numbers are."
+    return next((p.device for numbers in (module.parameters(), module.buffers()) for p in numbers), torch.device("cpu"))
+
 def pick_device(name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator if there is one
                 ) -> torch.device: # a device that exists here
     "The device to compute on."

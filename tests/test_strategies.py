@@ -149,3 +149,30 @@ def test_blocks_are_wrapped_where_weights_arrive_late():
 
 
 if __name__ == "__main__": everything(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("before, after", ((2, 1), (1, 2), (4, 2)))
+def test_a_run_goes_on_with_its_steps_in_another_number_of_pieces(before, after, tmp_path):
+    module, draw = stage("arm")
+    fit_spread(module, draw, STEPS, tmp_path/"whole", ONE, every=2)
+    class Cut(Exception): pass
+    def cut(step, rank, world):
+        if step == 3: raise Cut
+        return draw(step, rank, world)
+    with pytest.raises(Cut): fit_spread(stage("arm")[0], cut, STEPS, tmp_path/"moved", ONE, every=2, accumulate=before)
+    last = fit_spread(stage("arm")[0], draw, STEPS, tmp_path/"moved", ONE, every=2, accumulate=after)
+    assert last.global_step == STEPS
+    straight, moved = read_curve(tmp_path/"whole"), read_curve(tmp_path/"moved")
+    assert len(moved) == STEPS and moved == pytest.approx(straight, abs=1e-4)
+    assert max(float((a - b).abs().max()) for a, b in zip(module.state_dict().values(), last.state_dict().values())) < 1e-4
+
+
+def test_wrong_settings_and_half_lines_of_a_curve(tmp_path):
+    module, draw = stage("arm")
+    for settings, words in ((dict(accumulate=0), "accumulate=0"), (dict(every=0), "every=0")):
+        with pytest.raises(ValueError, match=words): fit_spread(module, draw, STEPS, tmp_path, ONE, **settings)
+    (tmp_path/"curve.csv").write_text("\n1,0.5\n2,0.25\n3,0.1\n3\n4,")
+    assert read_curve(tmp_path) == [.5, .25, .1]
+    (tmp_path/"step-00000001.ckpt").mkdir()
+    (tmp_path/"last.json").write_text('{"step": 1, "checkpoint": "step-00000001.ckpt"}')
+    with pytest.raises(ValueError, match="cut in pieces"): fit_spread(module, draw, STEPS, tmp_path, ONE)

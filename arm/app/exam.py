@@ -139,7 +139,7 @@ def benchmark(
     "Put a benchmark to a model."
     known = [*exams(), *DRAWINGS]
     if name not in known: raise ValueError(f"no benchmark {name!r}; choose one of {', '.join(known)}")
-    facts = dict(model=model)
+    facts = dict(model=model, plan=bool(arm.card.get("plan")))
     if name in DRAWINGS:
         bench = DRAWINGS[name]
         make = edit_with(arm) if bench.edits else imagine_with(arm, size)

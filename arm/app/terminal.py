@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'MODEL', 'START', 'RENDERERS', 'one_line', 'Parser', 'number', 'size', 'writable', 'save_pictures',
-           'load_model', 'exchange_renderer', 'read_picture', 'fit_to']
+           'load_model', 'read_picture', 'fit_to', 'exchange_renderer']
 
 # %% ../../nbs/91g_app.terminal.ipynb #007d2c6a
 import argparse, os, re, sys
@@ -85,7 +85,6 @@ def save_pictures(images: Sequence, # Pillow pictures
 # %% ../../nbs/91g_app.terminal.ipynb #4ca63fb9
 MODEL = Path(arm.__file__).resolve().parents[1]/"data"/"models"/"tiny-rl"  # the shipped weights
 START = MODEL.with_name("tiny")  # those that they went on from
-
 RENDERERS = MODEL.with_name("renderers") # the shipped painters of its tokens
 
 def load_model(path: str | Path, # folder written by `Arm.save_pretrained`
@@ -108,6 +107,23 @@ def load_model(path: str | Path, # folder written by `Arm.save_pretrained`
     if plan is not None: model.card["plan"] = plan
     return model
 
+def read_picture(path: str | Path, # any picture file
+                 ): # a Pillow picture, RGB
+    "The picture, before the model is loaded."
+    from arm.data.pictures import open_picture
+    return open_picture(path)
+
+def fit_to(model, # an `Arm`
+           picture, # from `read_picture`
+           name: str, # of the file, for the note
+           ): # the picture itself, with the codes that it may carry
+    "Say on the error stream if the model will see the picture at another size."
+    from arm.data.pictures import fit_picture
+    note = fit_picture(picture, model.card["grids"], model.patch)[1]
+    if note: print(f"note: {one_line(name)}: {note}", file=sys.stderr)
+    return picture
+
+# %% ../../nbs/91g_app.terminal.ipynb #9ae53c3d
 def exchange_renderer(model, # an `Arm`, changed in place
                       name: str, # of a file in `folder`, without its suffix; empty leaves everything as it is
                       folder: str | Path = RENDERERS, # what `arm train renderers` wrote
@@ -126,19 +142,3 @@ def exchange_renderer(model, # an `Arm`, changed in place
     model.renderer.check(steps or model.renderer.steps, guidance or model.renderer.guidance, shift or None)
     model.renderer.steps, model.renderer.guidance, model.renderer.shift = steps or model.renderer.steps, guidance or model.renderer.guidance, shift or None
     return model
-
-def read_picture(path: str | Path, # any picture file
-                 ): # a Pillow picture, RGB
-    "The picture, before the model is loaded."
-    from arm.data.pictures import open_picture
-    return open_picture(path)
-
-def fit_to(model, # an `Arm`
-           picture, # from `read_picture`
-           name: str, # of the file, for the note
-           ): # the picture itself, with the codes that it may carry
-    "Say on the error stream if the model will see the picture at another size."
-    from arm.data.pictures import fit_picture
-    note = fit_picture(picture, model.card["grids"], model.patch)[1]
-    if note: print(f"note: {one_line(name)}: {note}", file=sys.stderr)
-    return picture

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
+import torch
 from .exam import DRAWINGS, benchmark, exams
 from .judges import beside, check_judge, judge_run, referee
 from .reference import check_answers, check_data, check_scorer, plain
 from .score import compute
 from ..core import load_json, save_json
 from ..eval.bench import Result
+from ..train.place import place
 
 # %% ../../nbs/91j_app.trial.ipynb #d578a958
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ def local_device(
     name: str, # as for `pick_device`
 ) -> str: # with the number of this process's own accelerator, if a launcher started several
     "One accelerator per process."
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and os.environ.get("LOCAL_RANK", "").isdigit() and int(os.environ.get("WORLD_SIZE", 1)) > 1 else name
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    return f"cuda:{local}" if place().world > 1 and local.isdigit() and (name == "cuda" or name == "auto" and torch.cuda.is_available()) else name
 
 def before(
     t: Trial, # what was asked for

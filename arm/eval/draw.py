@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..core import load_json, save_json, stable_hash, to_pil
 from ..data.pictures import fit_picture, open_picture
 from .bench import write_jsonl
+from ..train.place import place
 
 # %% ../../nbs/57a_eval.draw.ipynb #6f56188a
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def ranks(
     world: int | None = None, # None: as the launcher says
 ) -> tuple[int, int]: # rank and number of processes
     "Which part of the work is mine, as `torchrun` and SLURM launchers say it unless told otherwise."
-    return int(os.environ.get("RANK", 0)) if rank is None else rank, int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    here = place()
+    return here.rank if rank is None else rank, here.world if world is None else world
 
 def _save(work: Path) -> Save:
     "Write in another folder, then move: the official folder never holds half a file."
     def save(thing, path):
-        tmp = work / f"{stable_hash(str(path))}{path.suffix}"
+        tmp = work / f"{stable_hash(str(path))}-{os.getpid()}{path.suffix}"
         try:
             for folder in (work, path.parent): folder.mkdir(parents=True, exist_ok=True)
             if isinstance(thing, str): tmp.write_text(thing, encoding="utf-8")

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..core import to_uint8
+from ..core import device_of, to_uint8
 from ..data.shapes import CELL, Scene, render
 from ..data.shapetasks import Edit
 from ..data.shapetext import full_caption
@@ -58,7 +58,8 @@ def likeness(
     b: list[Codes],  # of others of the same sizes
 ) -> tuple[list[float], list[float]]: # per picture: share of equal tokens, share of equal bits
     "How many tokens and bits two lists of codes have in common."
-    here, fsq = next(arm.tokenizer.parameters()).device, arm.tokenizer.fsq
+    fsq = arm.tokenizer.fsq
+    here = device_of(fsq)
     bits = [fsq.indices_to_codes(x.to(here)) == fsq.indices_to_codes(y.to(here)) for (x, _), (y, _) in zip(a, b, strict=True)]
     return [float(e.all(-1).float().mean()) for e in bits], [float(e.float().mean()) for e in bits]
 

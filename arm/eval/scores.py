@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..core import to_float, to_uint8
+from ..core import device_of, to_float, to_uint8
 from ..tokenizer.fsq import FSQ
 from ..tokenizer.model import locality
 
@@ -104,7 +104,7 @@ def code_changes(
     "How much of the code changes where no pixel does."
     rows = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for a, b, (x, grid), (y, _), kind in zip(before, after, *codes, kinds, strict=True):
-        bits = [arm.tokenizer.fsq.indices_to_codes(i.cpu())[None] for i in (x, y)]
+        bits = [arm.tokenizer.fsq.indices_to_codes(i.to(device_of(arm.tokenizer.fsq)))[None].cpu() for i in (x, y)]
         got, n = locality(to_float(a)[None], to_float(b)[None], *bits, a.shape[-1] // grid[1]), len(x)
         same = round((1 - got["patches_changed"]) * n)
         for name, part, whole in (("patches_changed", n - same, n), ("codes_changed", got["codes_changed"] * same, same), ("bits_changed", got["bits_changed"] * same, same)):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
-from ..core import make_rng, seeded, to_float
+from ..core import device_of, make_rng, seeded, to_float
 from ..data.shapes import SEEN_PAIRS, Scene, render, sample_scene
 from ..data.shapetasks import sample_edit
 from ..data.shapetext import full_caption
@@ -69,10 +69,11 @@ def look(
     tokenizer: VisualTokenizer, # in evaluation mode
     towers: SiglipTowers,       # asked for features unless codes are made of pixels alone
     images: Tensor,             # (B, 3, H, W) in [-1, 1]
-) -> Seen:                      # all that is left of the pictures
+) -> Seen:                      # all that is left of the pictures, on the CPU
     "Quantise pictures."
+    images = images.to(device_of(tokenizer))
     codes = tokenizer.quantise(images, None if tokenizer.cfg.source == "patch" else towers.features(images))
-    return Seen(codes, tokenizer.fsq.codes_to_indices(codes), tokenizer.unproject(codes, tokenizer.grid(images)))
+    return Seen(codes.cpu(), tokenizer.fsq.codes_to_indices(codes).cpu(), tokenizer.unproject(codes, tokenizer.grid(images)).cpu())
 
 # %% ../../nbs/56_eval.tokenizer.ipynb #928b7a9d
 @torch.no_grad()
@@ -83,8 +84,8 @@ def embed_pictures(
     pool: nn.Module | None = None, # what training put before the pool; None: nothing
 ) -> Tensor:                       # (B, D) of length 1
     "Embeddings of pictures after quantisation."
-    features = tokenizer.to_features(up)
-    return F.normalize(towers.pool(features if pool is None else pool(features)).float(), dim=-1)
+    features = tokenizer.to_features(up.to(device_of(tokenizer)))
+    return F.normalize(towers.pool(features if pool is None else pool(features)).float(), dim=-1).cpu()
 
 @torch.no_grad()
 def embed_words(
@@ -93,7 +94,7 @@ def embed_words(
     words: list[str],     # B captions
 ) -> Tensor:              # (B, D) of length 1
     "Embeddings of captions."
-    return F.normalize(towers.text_embed(towers.pad_text([text.encode(w) for w in words])).float(), dim=-1)
+    return F.normalize(towers.text_embed(towers.pad_text([text.encode(w) for w in words]).to(device_of(towers))).float(), dim=-1).cpu()
 
 def zero_shot(
     pictures: Tensor, # (B, D) embeddings
@@ -192,7 +193,7 @@ def score_tokenizer(
     single, practice, seen, source, target = (look(tokenizer, towers, x) for x in (cases.single, cases.practice, cases.images, cases.source, cases.target))
     probe = lambda a, b: linear_probe(a.mean(1), cases.practised, b.mean(1), cases.labels, len(cases.classes), seed=seed)
     words = lambda w: embed_words(towers, text, w)
-    painted = tokenizer.decode(seen.indices, grid, steps=steps, seed=seed)
+    painted = tokenizer.decode(seen.indices.to(device_of(tokenizer)), grid, steps=steps, seed=seed).cpu()
     return dict(
         zero_shot=zero_shot(embed_pictures(tokenizer, towers, single.up, pool), words(cases.classes), cases.labels),
         **retrieval(embed_pictures(tokenizer, towers, seen.up, pool), words(cases.captions)),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core import stable_hash
 from .attention import KVCache, rope_angles, slot_mask, turn_rows
 from .sequence import ImagePrompt, Vocab
 from .transformer import ARM
@@ -58,8 +59,9 @@ def draw(
 ) -> Tensor: # (n,) ids in [0, V)
     "One id per row: the place where the running sum of probabilities passes u."
     if sampling.temperature == 0: return logits.argmax(-1)
-    total = probabilities(logits, sampling).double().cumsum(-1)
-    return torch.searchsorted(total, u.double()[:, None] * total[:, -1:], right=True)[:, 0]
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64 # which Apple's GPUs do not have
+    total = probabilities(logits, sampling).to(wide).cumsum(-1)
+    return torch.searchsorted(total, u.to(wide)[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 # %% ../../nbs/33_model.generate.ipynb #8763eaec
 def uniforms(
@@ -277,8 +279,8 @@ def generate_text(
 def plan_seeds(
     seeds: list[int], # of the drawings
 ) -> list[int]: # of their plans
-    "Seeds for the words before a picture: not the numbers that its codes are drawn with."
-    return [s + 2**40 for s in seeds]
+    "Seeds for the words before a picture, whose numbers are not those that its codes are drawn with (a generator knows a seed by its last 32 bits only)."
+    return [stable_hash("plan", s) % 2**32 for s in seeds]
 
 def write_plans(
     model: ARM, # whose logits

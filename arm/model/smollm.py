@@ -58,11 +58,11 @@ def text_nll(
     texts: list[str] = PROSE, # what to read
 ) -> float: # nats per id, over the text ids alone, so that it can be compared with the text model
     "How surprised the model is by plain text."
-    total = n = 0
+    total, n, here = 0, 0, model.text_weight.device
     for t in texts:
         ids = text.encode(t)
-        logps = text_logits(model, torch.tensor([[model.vocab.bos, *ids]])).float().log_softmax(-1)[0, :-1]
-        total, n = total - logps.gather(1, torch.tensor(ids)[:, None]).sum().item(), n + len(ids)
+        logps = text_logits(model, torch.tensor([[model.vocab.bos, *ids]], device=here)).float().log_softmax(-1)[0, :-1]
+        total, n = total - logps.gather(1, torch.tensor(ids, device=here)[:, None]).sum().item(), n + len(ids)
     return total / n
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def quiz(
     text: TextTokenizer, # its vocabulary
 ) -> float: # share of `FACTS` whose next id is the expected one
     "Does the likeliest word complete the fact?"
-    last = [text_logits(model, torch.tensor([[model.vocab.bos, *text.encode(start)]]))[0, -1].argmax().item() for start, _ in FACTS]
+    last = [text_logits(model, torch.tensor([[model.vocab.bos, *text.encode(start)]], device=model.text_weight.device))[0, -1].argmax().item() for start, _ in FACTS]
     return sum(i == text.encode(word)[0] for i, (_, word) in zip(last, FACTS)) / len(FACTS)
 
 # %% ../../nbs/35c_model.smollm.ipynb #5561197b
@@ -109,7 +109,7 @@ def measure(
 ) -> dict[str, float]:    # text_to_image, image_to_text, prose, facts
     "Nats per code of held-out pictures, per id of their captions, and the two numbers of the language."
     model.eval()
-    loss = lambda samples, kind: model.loss(pad_batch(model.vocab, samples))[1][kind].item()
+    loss = lambda samples, kind: model.loss(pad_batch(model.vocab, samples).to(model.text_weight.device))[1][kind].item()
     return dict(text_to_image=loss(drawn, "visual"), image_to_text=loss(told, "text"), prose=text_nll(model, text), facts=quiz(model, text))
 
 def adapt(
@@ -129,7 +129,7 @@ def adapt(
     report(0)
     for step in range(n_steps):
         for group, lr in zip(opt.param_groups, (lr_new, lr_old)): group["lr"] = lr * min(1, (step + 1) / 10, 2 * (n_steps - step) / n_steps) # warm up, and down from half
-        loss, _ = model.loss(pad_batch(model.vocab, batch(step)))
+        loss, _ = model.loss(pad_batch(model.vocab, batch(step)).to(model.text_weight.device))
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for x in opt.param_groups for p in x["params"]], 1.)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, save_json, save_tensors, to_float, to_pil, to_uint8
+from ..core import config_from_dict, config_to_dict, device_of, load_json, load_tensors, load_weights, save_json, save_tensors, to_float, to_pil, to_uint8
 from ..data.pictures import fit_picture, open_picture
 from ..data.text import TextTokenizer
 from .generate import Guidance, Sampling, generate_images, generate_text, write_plans
@@ -65,7 +65,7 @@ class ArmBase:
     ) -> list[Codes]: # one per picture
         "Pictures to codes."
         def run(at):
-            chunks = [self.tokenizer.encode(to_float(torch.stack([images[i] for i in at[k:k + batch_size]])).to(self.device)) for k in range(0, len(at), batch_size)]
+            chunks = [self.tokenizer.encode(to_float(torch.stack([images[i] for i in at[k:k + batch_size]])).to(device_of(self.tokenizer))) for k in range(0, len(at), batch_size)]
             h, w = (s // self.patch for s in images[at[0]].shape[-2:])
             return [(c, (h, w)) for c in torch.cat(chunks)]
         return grouped([tuple(im.shape) for im in images], run)
@@ -79,7 +79,7 @@ class ArmBase:
         def run(at):
             grid = codes[at[0]][1]
             return [im for k in range(0, len(at), batch_size)
-                    for im in self.tokenizer.decode(torch.stack([codes[i][0] for i in at[k:k + batch_size]]).to(self.device), grid, steps)]
+                    for im in self.tokenizer.decode(torch.stack([codes[i][0].to(device_of(self.tokenizer)) for i in at[k:k + batch_size]]), grid, steps)]
         return grouped([grid for _, grid in codes], run)
 
 # %% ../../nbs/34_model.tasks.ipynb #a62fa8d9

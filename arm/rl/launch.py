@@ -197,6 +197,8 @@ def train_rl(
     "Reinforcement learning on visual tokens; a broken-off run goes on from its checkpoint."
     if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
     here, out, steps = place(), Path(out), steps or PHASE_STEPS[phase]
+    for name, (value, least) in dict(n_prompts=(n_prompts, 1), num_generations=(num_generations, 2), updates=(updates, 1), accumulate=(accumulate, 1), every=(every, 1), side=(side, 1), gpus=(gpus, 1)).items():
+        if value < least: raise ValueError(f"{name}={value}: it must be at least {least}")
     sharding = Sharding(kind=kind, gpus=gpus, tp=tp, checkpointing=checkpointing, wide=2 if bf16 else 4)
     if n_prompts % gpus: raise ValueError(f"n_prompts={n_prompts} on {gpus} processes: each draws equally many groups; take a multiple of {gpus}")
     if every % updates or steps % updates: raise ValueError(f"every={every}, steps={steps} with {updates} updates per rollout: a checkpoint stands between rollouts; take multiples of {updates}")

@@ -222,6 +222,7 @@ class GRPOUpdate(GRPOParts):
 class DrawnGRPO(GRPOUpdate):
     "Drawings that are learnt from in one or several updates, and survive a checkpoint in between."
     held, saved = None, None # drawings that are being learnt from; what a checkpoint kept of them
+    silent, patience = 0, 8 # rollouts in a row without a single verdict; so many, and the run stops
 
     def draw(self, items:list[Item]) -> Rollout:
         "New pictures; several updates need the probabilities of this moment."
@@ -234,6 +235,9 @@ class DrawnGRPO(GRPOUpdate):
         for task in sorted(set(held.tasks)):
             means = part_means([r for r, t in zip(held.rewards, held.tasks) if t == task])
             self.log_dict({f"{task}_{k}": v for k, v in means.items()}, prog_bar=False)
+        self.silent = 0 if any(r.total == r.total for r in held.rewards) else self.silent + 1
+        self.log("no_verdict", sum(r.total != r.total for r in held.rewards) / len(held.rewards), prog_bar=False)
+        if self.silent >= self.patience: raise ValueError(f"{self.silent} rollouts in a row without a single verdict: whoever judges is away or refuses; see to it, then start the same command again, which goes on from the last checkpoint")
         if "total" in (means := part_means(held.rewards)): self.log("reward", means["total"], prog_bar=True) # a judge that is away leaves none
         return held
 
@@ -297,7 +301,7 @@ class LitGRPO(DrawnGRPO):
 
     def remember(self) -> tuple[Tensor, Tensor]: # loss over all processes, and that of this one
         "Next-token loss of supervised documents, so that what is not rewarded is not forgotten."
-        docs = self.replay(self.global_step, *processes(self))
+        docs = [d.to(self.device) for d in self.replay(self.global_step, *processes(self))]
         loss, _ = self.model.loss(docs)
         return fair_mean(self, loss, sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in docs)), loss.detach()
 

@@ -20,6 +20,7 @@ from .grpo import GRPOConfig
 from .loop import GuidanceMode, LitGRPO
 from .prompts import PHASES, EmojiItems, ShapesItems, mixed_items
 from ..model.sequence import Batch
+from ..tokenizer.renderfiles import digest
 from ..train.pool import Mixture, mixed_tokens
 from ..train.run import RunConfig, fit, pools
 
@@ -38,6 +39,13 @@ class PhaseConfig:
     words:bool=False # every drawing has words of its own, and they are learnt from as its codes are; for a model that plans
     replay:int=0 # supervised documents beside each update, so that nothing is forgotten
     seed:int=0 # of items and drawings
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("n_prompts", 1), ("num_generations", 2), ("updates", 1), ("replay", 0)):
+            if getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
+        for name in ("lr", "beta", "text_scale"):
+            if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0")
+        if self.mode == "off" and self.text_scale != 1: raise ValueError(f"text_scale={self.text_scale} with mode='off': nothing would be guided; choose mode='guided' or 'mismatched', or leave the scale at 1")
 
 def judged_worlds(
     arm:Arm, # tokenizer and words
@@ -90,9 +98,10 @@ def told(
     worlds:tuple[str, ...], # as for `judged_worlds`
     cfg:PhaseConfig, # lengths and sizes
     start:str, # name of the model folder that it began from
+    weights:str, # what its weights are known by, see `digest`
 ) -> dict: # plain data
     "A phase in the words of a model card."
-    return dict(phase=phase, worlds=list(worlds), start=start, run=config_to_dict(cfg))
+    return dict(phase=phase, worlds=list(worlds), start=start, weights=weights, run=config_to_dict(cfg))
 
 # %% ../../nbs/64_rl.recipe.ipynb #f3183255
 def train_grpo(
@@ -118,13 +127,13 @@ def train_grpo(
     if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
     start, done = Path(model) if model else DATA / "models" / "tiny", Path(out) / "model"
     cfg = PhaseConfig(steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, mode=mode, text_scale=text_scale, words=words, replay=replay, seed=seed)
-    entry = told(phase, worlds, cfg, start.parent.name if start.name == "model" else start.name)
+    arm = Arm.from_pretrained(start)
+    entry = told(phase, worlds, cfg, start.parent.name if start.name == "model" else start.name, digest(arm.model))
     if (done / "config.json").exists():
         held = (Arm.from_pretrained(done).card.get("rl") or [None])[-1]
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
     same_settings(Path(out) / f"grpo-{phase}", entry)
-    arm = Arm.from_pretrained(start)
     same_settings(Path(out) / f"grpo-{phase}", entry, begin=True)
     run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(rl=[*arm.card.get("rl", []), entry])

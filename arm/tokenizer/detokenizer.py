@@ -11,6 +11,7 @@ import torch
 from collections.abc import Callable
 from dataclasses import dataclass
 from torch import Tensor, nn
+from ..core import device_of
 from .decoder import Block, patchify, sample_flow, sincos_2d, unpatchify
 from .losses import coarse_square, noised, pixel_flow_loss, velocity_from_x
 from .model import VisualTokenizer
@@ -226,7 +227,7 @@ class Renderer:
         if indices.ndim != 2 or indices.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"indices of shape {tuple(indices.shape)} for a grid of {grid[0]}x{grid[1]}: expected (B, {grid[0] * grid[1]})")
         self.check(steps, guidance, shift)
-        codes = self.tokenizer.fsq.indices_to_codes(indices.to(next(self.tokenizer.parameters()).device))
+        codes = self.tokenizer.fsq.indices_to_codes(indices.to(device_of(self.tokenizer)))
         return self.paint(codes if self.reads == "codes" else self.tokenizer.unproject(codes, grid), grid, seed, steps, guidance, shift).clamp(-1, 1)
 
 # %% ../../nbs/25a_tokenizer.detokenizer.ipynb #b0de41e2

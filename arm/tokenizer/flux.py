@@ -15,7 +15,7 @@ from itertools import pairwise
 from math import exp
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import seeded
+from ..core import device_of, seeded
 from .decoder import patchify, sincos_2d, unpatchify
 from .model import VisualTokenizer
 from .renderfiles import fingerprint, glimpse
@@ -149,7 +149,7 @@ def token_features(
     def features(indices, grid):
         if indices.ndim != 2 or indices.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"indices of shape {tuple(indices.shape)} for a grid of {grid[0]}x{grid[1]}: expected (B, {grid[0] * grid[1]})")
-        return tokenizer.unproject(tokenizer.fsq.indices_to_codes(indices.to(next(tokenizer.parameters()).device)), grid)
+        return tokenizer.unproject(tokenizer.fsq.indices_to_codes(indices.to(device_of(tokenizer))), grid)
     features.tokenizer = fingerprint(tokenizer) # files of a renderer hold on to it
     return features
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TokenizerConfig', 'DownProjection', 'Sketcher', 'StagedProjection', 'FactoredProjection', 'UpProjection',
-           'VisualTokenizer', 'flip_bits', 'locality']
+           'VisualTokenizer', 'frozen_codes', 'flip_bits', 'locality']
 
 # %% ../../nbs/24_tokenizer.model.ipynb #f526e8f0
 from dataclasses import dataclass, field
@@ -252,6 +252,17 @@ class VisualTokenizer(nn.Module):
         if indices.ndim != 2 or indices.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"indices of shape {tuple(indices.shape)} for a grid of {grid[0]}x{grid[1]}: expected (B, {grid[0] * grid[1]})")
         return sample_flow(self.decoder, self.unproject(self.fsq.indices_to_codes(indices), grid), grid, steps, seed)
+
+# %% ../../nbs/24_tokenizer.model.ipynb #62fd1575
+@torch.no_grad()
+def frozen_codes(
+    tokenizer:VisualTokenizer, # whose codes no longer move
+    images:Tensor, # (B, 3, H, W) in [-1, 1]
+    towers=None, # with `features(images)`, asked unless codes are made of pixels alone
+) -> Tensor: # (B, N, Q) just the codes that `encode` will give
+    "Codes for a training that stands on them: features, too, in float32."
+    with torch.autocast(images.device.type, enabled=False):
+        return tokenizer.quantise(images, None if tokenizer.cfg.source == "patch" else towers.features(images.float()))
 
 # %% ../../nbs/24_tokenizer.model.ipynb #0b2e5d8c
 def flip_bits(

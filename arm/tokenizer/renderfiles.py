@@ -9,7 +9,7 @@ __all__ = ['digest', 'glimpse', 'fingerprint', 'save_renderer', 'load_renderer',
 import hashlib, torch
 from pathlib import Path
 from torch import nn
-from ..core import config_from_dict, config_to_dict, load_metadata, load_tensors, load_weights, save_tensors
+from ..core import config_from_dict, config_to_dict, device_of, load_metadata, load_tensors, load_weights, save_tensors
 from .detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, PixelRenderer, Renderer
 from .model import VisualTokenizer
 from .vae import VAE, VAEConfig
@@ -61,7 +61,7 @@ def load_renderer(
     if facts.get("kind") not in kinds: raise ValueError(f"{path}: no renderer (kind {facts.get('kind')!r}, expected one of {', '.join(kinds)}); give a file that save_renderer wrote")
     if lost := [k for k in ("config", "steps", "guidance", "tokenizer") if k not in facts]: raise ValueError(f"{path}: no renderer (it does not say {', '.join(lost)}); give a file that save_renderer wrote")
     if facts["tokenizer"] != fingerprint(tokenizer): raise ValueError(f"{path}: trained on the features of another tokenizer; load it with its own, or train it anew: arm train renderers")
-    (cls, wanted), device, parts = kinds[facts["kind"]], next(tokenizer.parameters()).device, {}
+    (cls, wanted), device, parts = kinds[facts["kind"]], device_of(tokenizer), {}
     for name, (network, config) in wanted.items():
         own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
         parts[name] = load_weights(network(config_from_dict(config, facts["config"][name])), own, source=path).to(device)

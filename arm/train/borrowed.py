@@ -134,15 +134,14 @@ def train_codes(
     "The published tokenizer on judges from folders; a broken-off run goes on from its checkpoint."
     done = Path(out) / "codes"
     settings = dict(siglip=str(siglip), reader=str(reader), data=data, preset=preset, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16)
-    same_settings(Path(out) / "training", settings)
-    if (done / "tokenizer.json").exists(): return
+    if same_settings(Path(out) / "training", settings, done="../codes/tokenizer.json"): return
     judges = load_towers(siglip), load_reader(reader)
     n = side // judges[0].patch_size
     if data != "shapes" and not 2 <= n <= 64: raise ValueError(f"side={side}: {n} patches of {judges[0].patch_size} px along a side; choose 2 to 64")
     stream = ShapesPictures(0.) if data == "shapes" else ShardPictures(data, [(n, n), (max(1, 3 * n // 4), min(64, 4 * n // 3)), (min(64, 4 * n // 3), max(1, 3 * n // 4))], judges[0].patch_size)
     L.seed_everything(seed, verbose=False)
     tokenizer = SeeingTokenizer(borrowed_config(preset, *judges), judges[0])
-    same_settings(Path(out) / "training", settings, begin=True)
+    same_settings(Path(out) / "training", settings, done="../codes/tokenizer.json", begin=True)
     fit(LitBorrowed(tokenizer, *judges, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "codes", every=every, precision="bf16-mixed" if bf16 else "32-true")
     tokenizer.settle()
     save_tensors(done / "tokenizer.safetensors", tokenizer.state_dict())

@@ -164,6 +164,7 @@ def mixed_pictures(
 ) -> Callable[[int, int, int], Pictures]: # what `StepData` takes
     "Worlds take turns; each process keeps its share of the step's batch."
     def draw(step, rank, world):
+        if batch_size % world: raise ValueError(f"batch_size={batch_size} for {world} processes: each needs equally many pictures; take a multiple of {world}")
         b = worlds[step % len(worlds)](make_rng(seed, "pictures", step), batch_size)
         return Pictures(b.images[rank::world], b.texts[rank::world])
     return draw

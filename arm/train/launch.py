@@ -236,6 +236,9 @@ def train_stage(
     dry_run:bool=False, # print the plan and stop
 ) -> None:
     "Train a stage on packed rows; a broken-off run goes on from its checkpoint."
+    for name, value in dict(steps=steps, rows=rows, row=row, gpus=gpus, tp=tp, accumulate=accumulate, every=every, groups=groups).items():
+        if value < 1: raise ValueError(f"{name}={value}: it must be at least 1")
+    if not 0 <= drop <= 1: raise ValueError(f"drop={drop}: a probability lies between 0 and 1")
     here, out = place(), Path(out)
     sharding, growth = Sharding(kind=kind, gpus=gpus, tp=tp, checkpointing=checkpointing, wide=2 if bf16 else 4), Growth(visual_groups=groups, seed=seed)
     if dry_run:

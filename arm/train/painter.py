@@ -91,8 +91,7 @@ def train_flux(
     "Put a borrowed painter to school; a broken-off run goes on from its checkpoint."
     done = Path(out) / "flux"
     settings = dict(source=source, data=data, family=family, trainable=trainable, rank=rank, model=model, codes=codes, siglip=siglip, revision=revision, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16)
-    same_settings(Path(out) / "training", settings)
-    if (done / "renderer.json").exists(): return
+    if same_settings(Path(out) / "training", settings, done="../flux/renderer.json"): return
     if (devices < 1 or batch % devices): raise ValueError(f"batch={batch} on devices={devices}: each process takes an equal share of at least one picture; make the batch a multiple")
     tokenizer = _tokens(model, codes, siglip)
     n, px = side // tokenizer.cfg.patch_size, tokenizer.cfg.patch_size
@@ -103,7 +102,7 @@ def train_flux(
     ids, grid = tokenizer.encode(look), tokenizer.grid(look)
     renderer.latent_size(grid) # refuses sizes that this painter cannot paint, before anything is trained
     L.seed_everything(seed, verbose=False)
-    same_settings(Path(out) / "training", settings, begin=True)
+    same_settings(Path(out) / "training", settings, done="../flux/renderer.json", begin=True)
     fit(LitFlux(renderer, tokenizer, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "flux", samples=lambda: torch.cat([look, renderer.render(ids, grid).cpu()]),
         every=every, devices=devices, strategy="ddp" if devices > 1 else "auto", precision="bf16-mixed" if bf16 else "32-true")
     save_renderer(renderer, done)

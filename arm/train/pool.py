@@ -12,7 +12,7 @@ from random import Random
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..core import make_rng, to_float, to_uint8
+from ..core import device_of, make_rng, to_float, to_uint8
 from ..data.emojitasks import DerivedPairs, instruction, pairs, questions as emoji_questions
 from ..data.openmoji import OpenMoji
 from ..data.shapeguises import in_guise, sample_guise, say_in_guise
@@ -33,16 +33,16 @@ def encode_images(
     tokenizer:VisualTokenizer, # in evaluation mode
     images:Tensor, # (M, 3, H, W) uint8
     batch_size:int=1024, # pictures at a time
-) -> Tensor: # (M, N) int64 indices
+) -> Tensor: # (M, N) int64 indices, on the CPU
     "Encode many pictures of one size; where a code depends on its patch alone, equal patches are encoded once."
-    cfg, out = tokenizer.cfg, []
+    cfg, out, device = tokenizer.cfg, [], device_of(tokenizer)
     for some in images.split(batch_size):
-        if cfg.source != "patch" or cfg.down_layer: out.append(tokenizer.encode(to_float(some))); continue
+        if cfg.source != "patch" or cfg.down_layer: out.append(tokenizer.encode(to_float(some).to(device)).cpu()); continue
         p = patchify(some, cfg.patch_size).flatten(0, 1) # (n, 3·patch·patch)
         where = {} # content of a patch -> its number among the different ones
         number = torch.tensor([where.setdefault(row.tobytes(), len(where)) for row in p.numpy()])
         different = torch.zeros(len(where), p.shape[1], dtype=p.dtype).index_copy_(0, number.flip(0), p.flip(0))
-        codes = tokenizer.encode(to_float(unpatchify(different[:, None], (1, 1), cfg.patch_size)))[:, 0]
+        codes = tokenizer.encode(to_float(unpatchify(different[:, None], (1, 1), cfg.patch_size)).to(device))[:, 0].cpu()
         out.append(codes[number].view(len(some), -1))
     return torch.cat(out)
 
@@ -56,7 +56,7 @@ def worn_codes(
     for k, kind in enumerate(("own", *WEAR)):
         mine = images[k::4]
         if not len(mine): continue
-        if kind == "own": mine = torch.cat([to_uint8(tokenizer.decode(encode_images(tokenizer, x), tokenizer.grid(x), steps=1)).cpu() for x in mine.split(256)])
+        if kind == "own": mine = torch.cat([to_uint8(tokenizer.decode(encode_images(tokenizer, x).to(device_of(tokenizer)), tokenizer.grid(x), steps=1)).cpu() for x in mine.split(256)])
         else: mine = torch.cat([wear(x, kind, rng) for x in mine.split(16)])
         out[k::4] = encode_images(tokenizer, mine)
     return out
@@ -78,6 +78,7 @@ class ShapesPool:
         worn:float=0., # share of sources and pictures asked about that are worn, see `worn_codes`
         canvases:tuple[tuple[int, int], ...]=CANVASES, # (rows, columns) of cells of the scenes
     ):
+        if tokenizer.fsq.codebook_size > 2**16: raise ValueError(f"{tokenizer.fsq.codebook_size:,} codes: the pool keeps 16 bits of each; use a tokenizer of at most 65,536")
         self.items, self.plan, self.worn = [], plan, worn
         for k, (rows, cols) in enumerate(canvases):
             drawn, rng = [], make_rng(seed, "pool", k)
@@ -216,6 +217,7 @@ def mixed_tokens(
     "Documents of all worlds and tasks in fixed shares; each process keeps its share."
     worlds = list(zip(pools, mixture if isinstance(mixture, list) else [mixture] * len(pools), strict=True))
     def draw(step, rank, world):
+        if batch_size < world: raise ValueError(f"batch_size={batch_size} for {world} processes: each needs a document; raise it")
         rng, samples = make_rng(seed, "tokens", step), []
         for i in range(batch_size):
             pool, shares = worlds[i % len(worlds)]

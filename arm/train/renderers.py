@@ -15,7 +15,7 @@ from ..core import load_json, load_tensors, load_weights, make_rng, same_setting
 from ..model.tasks import Arm
 from ..tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, Renderer, flow_loss, painter_loss, reflow_ends, time_shift
 from ..tokenizer.renderfiles import digest, fingerprint, save_renderer
-from ..tokenizer.model import VisualTokenizer, flip_bits
+from ..tokenizer.model import VisualTokenizer, flip_bits, frozen_codes
 from ..tokenizer.siglip import SiglipTowers, freeze
 from ..tokenizer.vae import VAE, VAEConfig, calibrate, vae_loss
 from .data import Pictures, mixed_pictures
@@ -75,7 +75,7 @@ class OnCodes(L.LightningModule):
         dice:Dice, # source of the flips
     ) -> Tensor: # (B, N, up_dim), or the codes (B, N, Q) for a network that reads those
         "Un-projected codes, with a few bits flipped."
-        codes = self.tokenizer.quantise(images, None if self.towers is None else self.towers.features(images))
+        codes = frozen_codes(self.tokenizer, images, self.towers)
         if self.flip_rate:
             every = torch.ones(len(codes) * dice.world, *codes.shape[1:])
             codes = codes * flip_bits(every, self.flip_rate, dice.generator)[dice.rank::dice.world].to(codes)

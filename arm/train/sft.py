@@ -12,6 +12,7 @@ import lightning as L, torch
 from ..core import same_settings
 from ..data.openmoji import DATA
 from ..model.tasks import Arm
+from ..tokenizer.renderfiles import digest
 from .arm import LitARM
 from .pool import Mixture, mixed_tokens
 from .run import RunConfig, fit, pools
@@ -39,13 +40,14 @@ def train_sft(
     if not 0 <= plan <= 1: raise ValueError(f"plan={plan}: a share of documents lies between 0 and 1")
     unknown = [w for w in worlds if w not in ("shapes", "openmoji")]
     if unknown or not worlds: raise ValueError(f"worlds {worlds!r}: name one or both of shapes, openmoji")
-    entry = dict(start=start.parent.name if start.name == "model" else start.name, worlds=list(worlds), steps=steps, batch=batch, scenes=scenes, plan=plan, asked=asked, worn=worn, questions=questions, lr=lr, hold=hold, seed=seed)
+    arm = Arm.from_pretrained(start)
+    entry = dict(start=start.parent.name if start.name == "model" else start.name, weights=digest(arm.model), worlds=list(worlds), steps=steps, batch=batch, scenes=scenes, plan=plan, asked=asked, worn=worn, questions=questions, lr=lr, hold=hold, seed=seed)
     if (done / "config.json").exists():
         held = (Arm.from_pretrained(done).card.get("sft") or [None])[-1]
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
     same_settings(Path(out) / "sft", entry)
-    arm, run = Arm.from_pretrained(start), replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, asked=asked, worn=worn, seed=seed)
+    run = replace(RunConfig.shipped(), worlds=tuple(dict.fromkeys(worlds)), scenes=scenes, asked=asked, worn=worn, seed=seed)
     L.seed_everything(seed, verbose=False)
     held = dict(zip(run.worlds, pools(run, arm.tokenizer, plan)))
     shares = replace(Mixture.planned(), qa=questions * Mixture.planned().qa)

@@ -8,7 +8,7 @@ __all__ = ['Split', 'split_projections', 'joined', 'share_blocks', 'grad_norm', 
            'whole_weights']
 
 # %% ../../nbs/48_train.strategies.ipynb #2fe1457b
-import math, shutil
+import math, re, shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,12 @@ class Spread(Pieces):
     def prepare(self): pass # what a kind of module does before it is cut
     def policy(self) -> MixedPrecisionPolicy: return MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if self.casts and self.sharding.wide == 2 else (None, None), cast_forward_inputs=False)
 
+    def on_load_checkpoint(self, checkpoint:dict) -> None:
+        "Lightning counts pieces of steps; whoever goes on with another number of them needs another count."
+        super().on_load_checkpoint(checkpoint)
+        n = checkpoint["global_step"] * self.accumulate # saved while the last piece is being finished: one less is completed
+        for k in ("current", "total"): checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][k].update(ready=n, started=n, processed=n, completed=n - 1)
+
     def training_step(self, batch, batch_idx:int) -> Tensor:
         "The stage's own step; its loss is noted for the curve."
         loss = self.step_loss(batch, batch_idx)
@@ -242,14 +248,15 @@ class Checkpoints(Callback):
         loss = float(trainer.strategy.reduce(torch.stack(noted).mean(), reduce_op="mean"))
         noted.clear()
         if trainer.is_global_zero:
-            with open(self.out / "curve.csv", "a") as f: f.write(f"{trainer.global_step},{loss!r}\n")
+            with open(self.out / "curve.csv", "a") as f: f.write(f"\n{trainer.global_step},{loss!r}")
 
 # %% ../../nbs/48_train.strategies.ipynb #c574e3d2
 def read_curve(
     out:str|Path, # folder of a run
 ) -> list[float]: # loss of each step; of a step done twice, the later
     "The loss curve of a run, over all its starts."
-    rows = [line.split(",") for line in (Path(out) / "curve.csv").read_text().splitlines()]
+    whole = re.compile(r"([0-9]+),(\S+\.\S+|\S+e\S+|nan|inf)") # a process that is killed leaves half a line
+    rows = [m.groups() for line in (Path(out) / "curve.csv").read_text().splitlines() if (m := whole.fullmatch(line))]
     return [v for _, v in sorted({int(step): float(loss) for step, loss in rows}.items())]
 
 # %% ../../nbs/48_train.strategies.ipynb #3b3c7307
@@ -277,6 +284,8 @@ def fit_spread(
     "Train on as many processes as the sharding says; each process calls this. Resumes from the last checkpoint, whatever number of processes wrote it."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for name, value in dict(accumulate=accumulate, every=every, nodes=nodes, n_steps=n_steps).items():
+        if value < 1: raise ValueError(f"{name}={value}: it must be at least 1")
     if sharding.gpus % nodes: raise ValueError(f"{sharding.gpus} processes on {nodes} nodes: each node runs equally many; take a multiple of {nodes}")
     module.sharding, module.accumulate, module.backend, starts = sharding, accumulate, backend, len(list(out.glob("log*")))
     autocast = sharding.wide == 2 and not (sharding.sharded and module.casts) # FSDP2 casts the transformer's weights itself
@@ -286,7 +295,10 @@ def fit_spread(
         log_every_n_steps=min(10, every), enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0)
     last = out / "last.json"
     path = out / load_json(last)["checkpoint"] if last.exists() else None
+    if path and path.is_dir() != sharding.sharded:
+        raise ValueError(f"{path} was written by a run that was {'' if path.is_dir() else 'not '}cut in pieces; go on with kind {'fsdp2 or tp' if path.is_dir() else 'single or ddp'}, or give another folder")
     trainer.fit(module, datamodule=module.batches(draw, n_steps, accumulate, num_workers), ckpt_path=path, weights_only=True)
+    if module.global_step < n_steps: raise RuntimeError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
     return module
 
 # %% ../../nbs/48_train.strategies.ipynb #a2639c67

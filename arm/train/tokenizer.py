@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.text import TextTokenizer
 from ..tokenizer.losses import caption_loss, coarse_square, feature_loss, noised, pixel_flow_loss, sigmoid_loss, total_loss
 from ..tokenizer.decoder import patchify, unpatchify
-from ..tokenizer.model import VisualTokenizer, flip_bits
+from ..tokenizer.model import VisualTokenizer, flip_bits, frozen_codes
 from ..tokenizer.siglip import CaptionReader, SiglipTowers, freeze
 from .data import Pictures
 
@@ -301,7 +301,7 @@ class LitTokenizer(ProjectionLosses):
         images, semantic = batch.images, self.stage == "joint" and self.global_step % self.semantic_every == 0
         other = recolour_pixels(images.cpu(), dice).to(images.device)
         if not semantic and dice.chance() < self.recolour: images, other = other, images
-        if self.stage == "decoder": codes, asked = tok.quantise(images, None if tok.cfg.source == "patch" else self.towers.features(images)), {}
+        if self.stage == "decoder": codes, asked = frozen_codes(tok, images, self.towers), {}
         else:
             z, asked = self.projected(images, other, self.n_structure, dice)
             codes = tok.fsq(z)
