@@ -66,6 +66,7 @@ def _painter(family, trainable, rank, source, tokenizer, seed, revision):
     cfg = replace(base, trainable=trainable, rank=rank, feature_dim=tokenizer.cfg.up_dim, token_px=tokenizer.cfg.patch_size)
     return make_renderer(cfg, token_features(tokenizer), source or None, seed=seed, revision=revision or None)
 
+# %% ../../nbs/47e_train.painter.ipynb #a7fc7c06
 def train_flux(
     out:str="runs/flux", # folder of the run; what was learned lands in OUT/flux
     source:str="", # folder or hub id of real weights; empty: a tiny random painter, for a trial
@@ -107,6 +108,7 @@ def train_flux(
         every=every, devices=devices, strategy="ddp" if devices > 1 else "auto", precision="bf16-mixed" if bf16 else "32-true")
     save_renderer(renderer, done)
 
+# %% ../../nbs/47e_train.painter.ipynb #256b296a
 def load_flux(
     folder:str|Path, # OUT/flux of `train_flux`
     tokenizer:VisualTokenizer, # whose tokens it reads

@@ -160,7 +160,7 @@ class RenderersRun:
     @classmethod
     def quick(cls) -> "RenderersRun":
         "Shapes alone."
-        return cls(vae_steps=800, flow_steps=1000, reflow_steps=300, painter_steps=600)
+        return cls(vae_steps=2000, flow_steps=2400, reflow_steps=300, painter_steps=1500)
 
 def renderers_run(
     quick:bool=False, # the short run on shapes alone
