@@ -6,15 +6,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from arm.app.cli import main
-from arm.core import load_json, load_tensors, save_tensors, seeded
+from arm.core import load_json, load_tensors, make_rng, save_tensors, seeded
 from arm.model.sequence import ImagePrompt
 from arm.model.tasks import Arm
 from arm.model.transformer import ARM, ARMConfig
 from arm.rl.grpo import GRPOConfig
 from arm.rl.loop import LitGRPO
-from arm.rl.prompts import Item, mixed_items
+from arm.rl.prompts import Item, ShapesItems, examined, mixed_items
 from arm.rl.rewards import Reward
 from arm.tokenizer.model import VisualTokenizer
 from arm.train.processes import run_processes
@@ -126,3 +127,38 @@ def test_train_grpo_is_a_command(tmp_path, capsys):
 
 
 if __name__ == "__main__": both(Path(sys.argv[1]))
+
+
+class Nobody(Lamps):
+    "Prompts whose judge never has a verdict."
+    def __call__(self, rng, task): return replace(super().__call__(rng, task), judge=lambda images: [Reward(float("nan"), {}) for _ in images])
+
+
+def test_a_run_whose_judge_is_silent_stops_and_says_so(tmp_path):
+    lit = module()
+    lit.patience = 2
+    with pytest.raises(ValueError, match="2 rollouts in a row without a single verdict"): fit(lit, mixed_items([Nobody()], 2, 0), STEPS, tmp_path, "grpo", every=1, precision="32-true")
+    assert (tmp_path/"last.ckpt").exists() # of the step before
+    seen = module()
+    seen.patience = 2
+    fit(seen, mixed_items([Lamps()], 2, 0), STEPS, tmp_path/"seen", "grpo", every=1, precision="32-true")
+    assert seen.silent == 0
+
+
+def test_no_prompt_is_a_caption_of_the_examination():
+    asked, source = examined(), ShapesItems(VisualTokenizer(SIZES).eval(), TEXT)
+    assert len(asked) > 500
+    words = {source(make_rng(0, "disjoint", i), "t2i").words for i in range(400)}
+    assert len(words) > 200 and not words & asked
+    assert {len(w.split()) for w in words} >= set(range(4, 12)) # short ones are still among them
+
+
+def test_items_are_the_same_for_any_number_of_processes_and_only_ones_own_are_made():
+    made = []
+    class Counted(Lamps):
+        def __call__(self, rng, task): made.append(task); return super().__call__(rng, task)
+    draw = mixed_items([Counted()], 6, 0)
+    whole = [i.seed for i in draw(1, 0, 1)]
+    made.clear()
+    assert [i.seed for i in draw(1, 1, 3)] == whole[1::3] and len(made) == 2
+    with pytest.raises(ValueError, match="n_prompts=6 for 7 processes"): draw(0, 0, 7)
