@@ -59,7 +59,7 @@ class RunConfig:
     @classmethod
     def quick(cls) -> "RunConfig":
         "Shapes alone, for a coffee break."
-        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=1600, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
+        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=2400, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
 
 def run_config(
     quick:bool=False, # the short run on shapes alone

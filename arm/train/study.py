@@ -187,7 +187,7 @@ def train_variant(
     row = {k: v for k, v in module.points[-1].items() if k != "step"} | dict(parameters=count_parameters(module.tokenizer), steps=variant.steps)
     save_tensors(path / "tokenizer.safetensors", module.tokenizer.state_dict())
     save_json(note, dict(variant=config_to_dict(variant), seed=seed, row=row, points=module.points))
-    (path / "last.ckpt").unlink(missing_ok=True)
+    for name in ("last.ckpt", "precision.json"): (path / name).unlink(missing_ok=True)
     return row
 
 # %% ../../nbs/45_train.study.ipynb #703e63b1
