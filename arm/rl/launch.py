@@ -80,6 +80,7 @@ def added(
     out["money"] = None if now["money"] is None or before.get("money", 0) is None else before.get("money", 0) + now["money"]
     return out | dict(no_verdict_share=out["no_verdict"] / max(1, out["asked"]))
 
+# %% ../../nbs/64a_rl.launch.ipynb #4cef3b33
 class JudgedItems:
     "Prompts of a file, marked by a judge."
     def __init__(self,
