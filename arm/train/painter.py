@@ -104,9 +104,10 @@ def train_flux(
     renderer.latent_size(grid) # refuses sizes that this painter cannot paint, before anything is trained
     L.seed_everything(seed, verbose=False)
     same_settings(Path(out) / "training", settings, done="../flux/renderer.json", begin=True)
-    fit(LitFlux(renderer, tokenizer, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "flux", samples=lambda: torch.cat([look, renderer.render(ids, grid).cpu()]),
+    module = fit(LitFlux(renderer, tokenizer, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "flux", samples=lambda: torch.cat([look, renderer.render(ids, grid).cpu()]),
         every=every, devices=devices, strategy="ddp" if devices > 1 else "auto", precision="bf16-mixed" if bf16 else "32-true")
-    save_renderer(renderer, done)
+    if module.global_rank == 0: save_renderer(renderer, done)
+    module.trainer.strategy.barrier() # nobody looks for the files before they are there
 
 # %% ../../nbs/47e_train.painter.ipynb #256b296a
 def load_flux(
