@@ -83,6 +83,17 @@ def test_workers_that_prepare_batches_do_not_skip_any_after_a_resume(tmp_path):
     assert same(fit(stage("decoder", 4)[0], draw, 4, tmp_path/"broken", "decoder", every=2, num_workers=1).state_dict(), straight)
 
 
+def test_a_run_that_ends_early_is_no_finished_run(tmp_path):
+    module, draw = stage("decoder", 4)
+    step = module.training_step
+    def asked_to_stop(batch, batch_idx):
+        module.trainer.should_stop = module.global_step == 1 # a callback, a time limit, a signal
+        return step(batch, batch_idx)
+    module.training_step = asked_to_stop
+    with pytest.raises(RuntimeError, match="stopped after 2 of 4 steps"): fit(module, draw, 4, tmp_path, "decoder", every=1)
+    assert fit(stage("decoder", 4)[0], draw, 4, tmp_path, "decoder", every=1).global_step == 4 # and goes on
+
+
 def test_the_same_command_twice_gives_the_same_bytes(tmp_path):
     for name in ("one", "two"): train_teacher(str(tmp_path/name), quick=True, steps=2, batch=4, every=2)
     for part in ("towers", "reader"):

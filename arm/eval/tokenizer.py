@@ -21,7 +21,7 @@ from .nearest import psnr
 from .verifier import judge_scene, parse_batch
 from ..tokenizer.decoder import patchify, unpatchify
 from ..tokenizer.fsq import code_stats
-from ..tokenizer.model import VisualTokenizer, locality
+from ..tokenizer.model import VisualTokenizer, frozen_codes, locality
 from ..tokenizer.siglip import SiglipTowers
 
 # %% ../../nbs/56_eval.tokenizer.ipynb #2decb1b8
@@ -72,7 +72,7 @@ def look(
 ) -> Seen:                      # all that is left of the pictures, on the CPU
     "Quantise pictures."
     images = images.to(device_of(tokenizer))
-    codes = tokenizer.quantise(images, None if tokenizer.cfg.source == "patch" else towers.features(images))
+    codes = frozen_codes(tokenizer, images, towers)
     return Seen(codes.cpu(), tokenizer.fsq.codes_to_indices(codes).cpu(), tokenizer.unproject(codes, tokenizer.grid(images)).cpu())
 
 # %% ../../nbs/56_eval.tokenizer.ipynb #928b7a9d

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 import numpy as np, torch
 from torch import Tensor
-from ..core import config_from_dict, load_json, same_settings, save_json
+from ..core import config_from_dict, device_of, load_json, same_settings, save_json
 from ..data.openmoji import DATA
 from ..data.pictures import fit_picture, open_picture
 from ..data.text import TextTokenizer
@@ -107,7 +107,7 @@ class JudgedItems:
         grid:tuple[int, int], # where the line does not say
     ) -> tuple[Tensor, Tensor, tuple[int, int]]: # codes (N,), picture (3, H, W), their grid
         "What is edited, as codes for the model and as a picture for the judge."
-        path, device = self.folder / row["source"], next(self.tokenizer.parameters()).device
+        path, device = self.folder / row["source"], device_of(self.tokenizer)
         if path.suffix == ".npy":
             codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
             if codes.min() < 0 or codes.max() >= self.tokenizer.fsq.codebook_size: raise ValueError(f"{path} holds codes from {codes.min()} to {codes.max()}; this tokenizer has those from 0 to {self.tokenizer.fsq.codebook_size - 1}: make them with it")

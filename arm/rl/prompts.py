@@ -13,7 +13,7 @@ from random import Random
 
 from torch import Tensor
 
-from ..core import make_rng, to_float
+from ..core import device_of, make_rng, to_float
 from ..data.emojitasks import instruction, pairs
 from ..data.openmoji import OpenMoji
 from ..data.shapes import CANVASES, render, sample_scene
@@ -67,7 +67,7 @@ class ShapesItems:
             while (said := caption(sample_scene(rng, canvas=(rows, cols)), rng)).text in examined(): pass
             return Item(task, ImagePrompt(self.text.encode(said.text), grid), partial(_judge_captions, caption=said, weights=self.t2i_weights), said.text, seed)
         while (change := edit(scene := sample_scene(rng, canvas=(rows, cols)), rng)) is None: pass
-        source = self.tokenizer.encode(to_float(render(scene)[None]).to(next(self.tokenizer.parameters()).device))[0].cpu()
+        source = self.tokenizer.encode(to_float(render(scene)[None]).to(device_of(self.tokenizer)))[0].cpu()
         judge = partial(_judge_edits, scene=scene, change=change, weights=self.edit_weights)
         return Item(task, ImagePrompt(self.text.encode(change.instruction), grid, source), judge, change.instruction, seed)
 
@@ -102,7 +102,7 @@ class EmojiItems:
         else:
             pair = rng.choice(self.kinds[rng.choices(list(self.kinds), [len(v) ** .5 for v in self.kinds.values()])[0]])
             words, right = instruction(pair, rng), self.right[int(self.data.unique[pair.src]), pair.kind, pair.value]
-            source = self.tokenizer.encode(to_float(self.data.images[pair.src][None]).to(next(self.tokenizer.parameters()).device))[0].cpu()
+            source = self.tokenizer.encode(to_float(self.data.images[pair.src][None]).to(device_of(self.tokenizer)))[0].cpu()
         judge = partial(_judge_targets, right=right, truth=self.truth)
         return Item(task, ImagePrompt(self.text.encode(words), self.grid, source), judge, words, seed)
 

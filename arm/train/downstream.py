@@ -15,7 +15,7 @@ from ..core import config_to_dict, load_json, load_tensors, load_weights, save_j
 from ..data.text import default_tokenizer
 from ..model.tasks import Arm
 from ..model.transformer import ARM, ARMConfig
-from ..tokenizer.model import VisualTokenizer
+from ..tokenizer.model import VisualTokenizer, frozen_codes
 from ..tokenizer.siglip import SiglipTowers, freeze
 from .arm import LitARM
 from .data import ShapesPictures, mixed_pictures
@@ -40,7 +40,7 @@ class Sighted(nn.Module):
         images:Tensor, # (B, 3, H, W) in [-1, 1]
     ) -> Tensor: # (B, N) int64, row-major
         "Indices of each patch."
-        return self.tokenizer.encode(images, None if self.cfg.source == "patch" else self.towers.features(images))
+        return self.fsq.codes_to_indices(frozen_codes(self.tokenizer, images, self.towers))
 
 # %% ../../nbs/45b_train.downstream.ipynb #80506c74
 @dataclass(kw_only=True, frozen=True)
@@ -78,7 +78,6 @@ def refine(
     freeze(tokenizer.fsq)
     module = LitTokenizer(tokenizer, *judges, default_tokenizer(), config.decoder_steps, config.variant.lr, stage="decoder", recolour=0., coarse=0., seed=seed)
     fit(module, mixed_pictures([ShapesPictures(0.)], config.variant.batch, seed + 1), config.decoder_steps, path, "decoder")
-    if module.global_step < config.decoder_steps: raise RuntimeError(f"{path}: stopped after {module.global_step} of {config.decoder_steps} steps; start the study again to go on")
     return tokenizer.eval()
 
 def row_arm(
@@ -91,8 +90,7 @@ def row_arm(
     text = default_tokenizer()
     pool = ShapesPool(tokenizer, text, config.scenes, seed, progress=not quiet(), plan=config.plan, brief=True, canvases=config.canvases)
     with seeded(seed, "downstream"): model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.codebook_size.bit_length() - 1))
-    module = fit(LitARM(model, config.arm_steps, lr=config.lr, hold=.6), mixed_tokens([pool], model.vocab, config.arm_batch, seed, config.mixture), config.arm_steps, path, "transformer")
-    if module.global_step < config.arm_steps: raise RuntimeError(f"{path}: stopped after {module.global_step} of {config.arm_steps} steps; start the study again to go on")
+    fit(LitARM(model, config.arm_steps, lr=config.lr, hold=.6), mixed_tokens([pool], model.vocab, config.arm_batch, seed, config.mixture), config.arm_steps, path, "transformer")
     return Arm(tokenizer, model.eval(), text, dict(plan=config.plan > 0))
 
 def train_downstream(

@@ -185,15 +185,15 @@ class RendererStage:
         model:str|Path="", # folder of a whole model with the tokenizer; empty: the run folder's own
     ):
         self.out, self.run, self.every, settings = Path(out), run, every, run_config(quick)
-        self.tokenizer = Arm.from_pretrained(model).tokenizer if model else load_tokenizer(out)
-        note = Path(out) / "decoder" / "settings.json"
-        known = Arm.from_pretrained(model).card.get("run", {}).get("worlds") if model else load_json(note).get("worlds") if note.exists() else None
+        arm, note = Arm.from_pretrained(model) if model else None, Path(out) / "decoder" / "settings.json"
+        self.tokenizer = arm.tokenizer if arm else load_tokenizer(out)
+        known = arm.card.get("run", {}).get("worlds") if arm else load_json(note).get("worlds") if note.exists() else None
         if known and (unknown := sorted(set(settings.worlds) - set(known))):
             raise ValueError(f"the tokenizer of {model or out} was trained on {', '.join(known)}, not on {', '.join(unknown)}; add --quick for shapes alone")
         self.towers = None if self.tokenizer.cfg.source == "patch" else load_teacher(out)[0]
         self.seed, self.streams, self.fingerprint = settings.seed + 10, pictures(settings), fingerprint(self.tokenizer)
         self.look = torch.cat([w(make_rng(self.seed, "look"), 8).images[:, :, :32, :32] for w in self.streams])
-        self.ids = self.tokenizer.encode(self.look, None if self.towers is None else self.towers.features(self.look))
+        self.ids = self.tokenizer.fsq.codes_to_indices(frozen_codes(self.tokenizer, self.look, self.towers))
 
     def trained(self,
         stage:str, # name of the folder

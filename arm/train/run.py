@@ -101,6 +101,7 @@ def fit(
         logger=CSVLogger(out, name="", version=f"log{starts or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=not quiet(), num_sanity_val_steps=0)
     trainer.fit(module, datamodule=StepData(draw, n_steps, num_workers), ckpt_path=last if last.exists() else None, weights_only=True)
+    if module.global_step < n_steps: raise RuntimeError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
     return module
 
 # %% ../../nbs/43_train.run.ipynb #f39ecb69
