@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'ShapesItems', 'shapes_items', 'pictures', 'readings', 'judged_drawings', 'judged_edits', 'exact',
-           'encode_worn', 'shapes_scores', 'tell_shapes']
+           'encode_worn', 'shapes_scores', 'tell_shapes', 'possible_scores']
 
 # %% ../../nbs/52_eval.shapes.ipynb #bf0ac78d
 from collections.abc import Callable
@@ -218,3 +218,19 @@ def tell_shapes(
     for (_, e), key in zip(items.edits["val"], sent([s for s, _ in items.edits["val"]])): model.tell(e.instruction, key, result=render(e.target))
     for i, q in items.asked: model.tell(q.question, model.key(render(items.scenes["val"][i])), result=q.answer)
     return model
+
+# %% ../../nbs/52_eval.shapes.ipynb #4a855a82
+def possible_scores(
+    arm,                # an `Arm`, or a `Lookup`
+    items: ShapesItems, # from `shapes_items`
+) -> dict[str, dict]:   # "shapes/t2i/possible/greedy" and so on -> score; a path is left out where nothing is possible
+    "Greedy drawings and edits, over the items whose true picture survives encoding and decoding."
+    out, through = {}, lambda scenes: readings(pictures(arm, arm.encode([render(s) for s in scenes])))
+    for split, tail in (("val", ""), ("unseen", "_unseen")):
+        captions, edits = items.captions[split], items.edits[split]
+        can = {"t2i": [judge_caption(r, c).ok for r, (_, c) in zip(through([s for s, _ in captions]), captions)],
+               "edit": [judge_edit(r, s, e).ok for r, (s, e) in zip(through([e.target for _, e in edits]), edits)]}
+        got = {"t2i": judged_drawings(arm, captions, 0.), "edit": judged_edits(arm, edits, arm.encode([render(s) for s, _ in edits]), 0.)}
+        for task, able in can.items():
+            if any(able): out[f"shapes/{task}{tail}/possible/greedy"] = share([v.ok for v, ok in zip(got[task], able) if ok])
+    return out

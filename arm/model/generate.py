@@ -249,9 +249,10 @@ def text_steps(
 def until_end(
     ids: Tensor, # (P,i) from `text_steps`
     vocab: Vocab, # says what ends a text
-) -> list[list[int]]: # text ids of every row, without what ended it
+    keep_end: bool = False, # with the id that ended it
+) -> list[list[int]]: # text ids of every row, up to what ended it
     "Rows of ids as answers."
-    return [row[:next((k for k, t in enumerate(row) if t >= vocab.text_size), len(row))] for row in ids.tolist()]
+    return [row[:next((k + keep_end for k, t in enumerate(row) if t >= vocab.text_size), len(row))] for row in ids.tolist()]
 
 # %% ../../nbs/33_model.generate.ipynb #f012b7ab
 @torch.inference_mode()
@@ -264,7 +265,8 @@ def generate_text(
     seeds: int | list[int] = 0, # one per prompt, or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
     batch_size: int = 256, # prompts that run at the same time
-) -> list[list[int]]: # P answers as text ids, without the EOS (or BOI) that ended them
+    keep_end: bool = False, # the EOS (or BOI) that ended an answer stays its last id; one that was cut has none
+) -> list[list[int]]: # P answers as text ids
     "Write text until EOS."
     seeds, out = seed_list(seeds, len(prompts)), {}
     model = in_dtype(model, dtype)
@@ -272,7 +274,7 @@ def generate_text(
     for chunk in (order[a:a + batch_size] for a in range(0, len(order), batch_size)):
         ids = torch.empty(len(chunk), 0, dtype=torch.long) # what is left if nothing is asked for
         for ids in () if max_new < 1 else text_steps(model, [prompts[i] for i in chunk], max_new, sampling, [seeds[i] for i in chunk]): pass
-        out |= zip(chunk, until_end(ids, model.vocab))
+        out |= zip(chunk, until_end(ids, model.vocab, keep_end))
     return [out[i] for i in range(len(prompts))]
 
 # %% ../../nbs/33_model.generate.ipynb #81eba07c
@@ -294,5 +296,6 @@ def write_plans(
 ) -> list[ImagePrompt]: # the same prompts with the model's plans
     "Let the model say in words what it is about to draw."
     seeds = plan_seeds(seed_list(seeds, len(prompts)))
-    said = generate_text(model, [p.plan_ids(model.vocab) for p in prompts], max_new=max_new, sampling=sampling, seeds=seeds, dtype=dtype, batch_size=batch_size)
-    return [replace(p, plan=plan) for p, plan in zip(prompts, said)]
+    said = generate_text(model, [p.plan_ids(model.vocab) for p in prompts], max_new=max_new, sampling=sampling, seeds=seeds, dtype=dtype, batch_size=batch_size, keep_end=True)
+    ends = [row.pop() if row and row[-1] >= model.vocab.text_size else None for row in said]
+    return [replace(p, plan=plan, plan_end=end) for p, plan, end in zip(prompts, said, ends)]

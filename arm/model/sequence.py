@@ -97,6 +97,7 @@ class ImagePrompt:
     source: Tensor | None = None   # (N,) codes of the source picture; None for text-to-image, or when dropped
     source_grid: tuple[int, int] | None = None # (h, w) of the source; None means the same as grid
     plan: list[int] | None = None  # ids of the picture in words, written before it is drawn; None draws at once
+    plan_end: int | None = None    # id with which the model itself ended the plan, BOI or EOS; None: cut at the longest length, or not its own words
 
     def plan_ids(self,
         vocab: Vocab, # the id space

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LossType', 'group_advantages', 'masked_mean', 'importance_ratio', 'clipped_objective', 'kl_k3', 'kl_exact', 'entropy',
-           'live_mask', 'denominator', 'aggregate', 'GRPOConfig', 'grpo_loss']
+           'live_mask', 'denominator', 'aggregate', 'GRPOConfig', 'grpo_config', 'grpo_loss']
 
 # %% ../../nbs/60_rl.grpo.ipynb #3679e050
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from ..core import config_from_dict
 
 # %% ../../nbs/60_rl.grpo.ipynb #e2c316e9
 def group_advantages(
@@ -149,6 +150,14 @@ class GRPOConfig:
     def paper(cls) -> "GRPOConfig":
         "ARM reports GRPO with a clip and a KL term, not their numbers; group of 64 and beta .04 are DeepSeekMath's (sec. 4.2), epsilon is PPO's."
         return cls(num_generations=64, beta=.04, epsilon=.2, max_tokens=64 * 64) # 1,024 px in patches of 16
+
+def grpo_config(
+    own:dict, # fields that a command has options of their own for
+    more:dict|None, # the others, by name
+) -> GRPOConfig: # both together
+    "A loss as a command is told about it."
+    if twice := sorted(set(more or {}) & set(own)): raise ValueError(f"loss names {twice[0]!r}, which is an option of its own, or follows from others; leave it out")
+    return config_from_dict(GRPOConfig, own | (more or {}))
 
 # %% ../../nbs/60_rl.grpo.ipynb #34b6b010
 def grpo_loss(

@@ -97,7 +97,7 @@ class _Endpoint:
         self.hide = [k for k in (api_key, (api_key or "").replace("/", "\\/")) if k]
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.client = httpx.Client(headers=headers, timeout=cfg.timeout, limits=httpx.Limits(max_connections=cfg.concurrency))
-        self.lock, self.count, self.until = threading.Lock(), Counter(), 0.
+        self.lock, self.count, self.until, self.room = threading.Lock(), Counter(), 0., threading.BoundedSemaphore(cfg.concurrency)
 
     def add(self, **counts:int):
         with self.lock: self.count.update(counts)
@@ -201,7 +201,7 @@ class Judge:
         if file is not None and file.exists():
             try: opinion = Opinion(*read_reply(load_json(file)["reply"], question.rubric)); self._end.add(cached=1); return opinion
             except (ValueError, KeyError, TypeError): self._end.add(damaged=1)
-        opinion, raw = _ask(self._end, self.payload(question), question.rubric, key, stop)
+        with self._end.room: opinion, raw = _ask(self._end, self.payload(question), question.rubric, key, stop)
         if file is not None and opinion.scores is not None:
             facts = {"model": self.config.model, "rubric": question.rubric.name, "version": question.rubric.version, "text": question.text, "reply": raw}
             atomic_write(file, self._end.clean(json.dumps(facts, ensure_ascii=False, indent=1)))
@@ -212,7 +212,7 @@ def ask(
     judge:Judge, # whom
     questions:Sequence[Question], # what; equal ones are asked once
 ) -> list[Opinion]: # one per question, in order
-    "Ask several questions at the same time, at most `concurrency` of them."
+    "Ask several questions at the same time, at most `concurrency` of them, whoever else asks the same judge."
     keys, stop = [judge.key(q) for q in questions], threading.Event()
     with ThreadPoolExecutor(judge.config.concurrency) as pool:
         futures = {k: pool.submit(judge._one, k, q, stop) for k, q in dict(zip(keys, questions)).items()}

@@ -7,7 +7,7 @@ __all__ = ['RL_NUMBERS', 'PHASE_STEPS', 'read_prompts', 'judged', 'added', 'Judg
            'train_rl']
 
 # %% ../../nbs/64a_rl.launch.ipynb #ef55949f
-import json, os
+import json, os, threading
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -21,9 +21,9 @@ from ..model.hub import Growth
 from ..model.sequence import ImagePrompt
 from ..model.tasks import Arm
 from ..model.transformer import ARMConfig
-from .grpo import GRPOConfig
+from .grpo import grpo_config
 from .judge import Judge, JudgeConfig, judge_edits, judge_images, judge_summary
-from .prompts import PHASES, Item, ShapesItems, mixed_items
+from .prompts import PHASES, Item, ShapesItems, mixed_items, reward_weights
 from .rewards import Reward
 from .rubrics import Judgement, judge_rewards
 from .spread import SpreadGRPO
@@ -92,14 +92,15 @@ class JudgedItems:
         grid:tuple[int, int]=(64, 64), # height and width in patches of pictures whose line does not say
         notes:Path|None=None, # file that says how often there was a verdict, why not, and what it took, over all starts
     ):
-        self.notes, self.before = notes, load_json(notes) if notes and notes.exists() else {}
+        self.notes, self.before, self.lock = notes, load_json(notes) if notes and notes.exists() else {}, threading.Lock()
         self.rows, self.folder, self.tokenizer, self.text, self.judge, self.grid = rows, Path(folder), tokenizer, text, judge, grid
 
     def ask(self, images:Tensor, words:str, before:Tensor|None=None) -> list[Reward]:
-        "Have pictures judged, and note what it took."
+        "Have pictures judged, and note what it took; several items may ask at the same time."
         same = [words] * len(images)
         rewards = judged(judge_images(self.judge, same, images) if before is None else judge_edits(self.judge, same, [before] * len(images), images))
-        if self.notes: save_json(self.notes, added(self.before, judge_summary(self.judge)))
+        with self.lock:
+            if self.notes: save_json(self.notes, added(self.before, judge_summary(self.judge)))
         return rewards
 
     def source(self,
@@ -122,9 +123,9 @@ class JudgedItems:
         "Draw a line and make an item of it."
         row, seed = rng.choice(self.rows[task]), rng.getrandbits(40)
         grid, words = tuple(row.get("size", self.grid)), row["words"]
-        if task == "t2i": return Item(task, ImagePrompt(self.text.encode(words), grid), partial(self.ask, words=words), words, seed)
+        if task == "t2i": return Item(task, ImagePrompt(self.text.encode(words), grid), partial(self.ask, words=words), words, seed, slow=True)
         codes, before, grid = self.source(row, grid)
-        return Item(task, ImagePrompt(self.text.encode(words), grid, codes), partial(self.ask, words=words, before=before), words, seed)
+        return Item(task, ImagePrompt(self.text.encode(words), grid, codes), partial(self.ask, words=words, before=before), words, seed, slow=True)
 
 # %% ../../nbs/64a_rl.launch.ipynb #72bfbfe3
 RL_NUMBERS = dict(base=("runs/sft/model", "reported: the stage before"), painter=("models/painter", "ours: folder of the picture tokenizer that the codes are made with"),
@@ -169,9 +170,11 @@ def make_items(
     cache:Path|None=None, # folder for verdicts, so that a restart does not ask again
     options:dict|None=None, # more of `JudgeConfig`, such as extra, timeout, concurrency or prices
     notes:Path|None=None, # see `JudgedItems`
+    rewards:dict|None=None, # "t2i" and "edit" -> weights of the parts that the verifier marks, see `T2I_WEIGHTS`
 ):
     "The source of a run's items, with its judge."
-    if prompts == "shapes": return ShapesItems(tokenizer, text)
+    if rewards and prompts != "shapes": raise ValueError(f"rewards={rewards} with prompts={prompts!r}: these are weights of the verifier's marks, and a judge gives its own; leave one of them out")
+    if prompts == "shapes": return ShapesItems(tokenizer, text, **reward_weights(rewards, ("t2i", "edit")))
     rows = read_prompts(prompts, phase)
     if not judge or not model: raise ValueError(f"prompts={prompts!r} need a judge; give its address and model with --judge and --judge_model, or take --prompts shapes")
     return JudgedItems(rows, Path(prompts).parent, tokenizer, text, Judge(config_from_dict(JudgeConfig, dict(base_url=judge, model=model) | (options or {})), api_key=os.environ.get(key) or None, cache=cache), (side, side), notes)
@@ -208,6 +211,8 @@ def train_rl(
     part_rows:int=8, # pictures in one forward pass
     lr:float=1e-6, # peak learning rate
     beta:float=.04, # weight of the KL divergence
+    loss:dict|None=None, # more of `GRPOConfig`: loss_type, epsilon, epsilon_high, scale_rewards, importance_sampling_level
+    rewards:dict|None=None, # for prompts="shapes": "t2i" and "edit" -> weights of the parts of a mark
     updates:int=1, # updates per rollout
     seed:int=0, # of items and drawings
     kind:str="single", # "single", "ddp", "fsdp2" or "tp"
@@ -234,14 +239,15 @@ def train_rl(
         p = rl_plan(read_start(base, Growth())[0] if known else ARMConfig.paper(), sharding, n_prompts * num_generations, side * side, steps, accumulate, gpu)
         if here.rank == 0: print(say_rl(p, phase, f"{gpus} x {gpu}", steps, n_prompts * num_generations) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet"))
         return
+    grpo = grpo_config(dict(num_generations=num_generations, beta=beta, max_tokens=side * side), loss)
     seats(gpus, here)
     settings = dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta,
-                               updates=updates, seed=seed, bf16=bf16)
+                               updates=updates, seed=seed, bf16=bf16, **{k: v for k, v in (("loss", loss), ("rewards", rewards)) if v})
     if same_settings(out, settings, done="model"): return
     (cfg, read), tokenizer = read_start(base, Growth()), Arm.from_pretrained(painter or DATA / "models" / "tiny").tokenizer
     if 2**cfg.n_bits != tokenizer.fsq.codebook_size: raise ValueError(f"painter={painter!r} has {tokenizer.fsq.codebook_size} codes, {base} {2**cfg.n_bits}; take the tokenizer that the model was trained with")
-    items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts", judge_options, out / f"judge-{here.rank}.json")
-    module = SpreadGRPO(shapes_of(cfg), tokenizer, GRPOConfig(num_generations=num_generations, beta=beta, max_tokens=side * side), steps, lr, updates=updates, part_rows=part_rows, rollout_dtype=torch.bfloat16 if bf16 else None)
+    items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts", judge_options, out / f"judge-{here.rank}.json", rewards)
+    module = SpreadGRPO(shapes_of(cfg), tokenizer, grpo, steps, lr, updates=updates, part_rows=part_rows, rollout_dtype=torch.bfloat16 if bf16 else None)
     module.source, module.resumes = read, (out / "last.json").exists()
     same_settings(out, settings, done="model", begin=here.rank == 0)
     fit_spread(module, mixed_items([items], n_prompts, seed, phase, updates), steps, out, sharding, accumulate=accumulate, backend=compile, every=every, nodes=here.nodes)

@@ -20,7 +20,7 @@ from ..model.generate import Guidance, Sampling, generate_images, mixer, write_p
 from ..model.sequence import IGNORE, Batch, ImagePrompt
 from ..model.transformer import ARM
 from .grpo import GRPOConfig, denominator, group_advantages, grpo_loss, live_mask
-from .prompts import Item
+from .prompts import Item, judge_items
 from .rewards import Reward, part_means, totals
 from ..tokenizer.model import VisualTokenizer
 from ..tokenizer.siglip import freeze
@@ -44,13 +44,19 @@ def _padded(
     out = torch.nn.utils.rnn.pad_sequence([r.to(device) for r in rows], batch_first=True)
     return out, torch.arange(out.shape[1], device=device) < torch.tensor([len(r) for r in rows], device=device)[:, None]
 
+def _told(
+    prompt:ImagePrompt, # with a plan
+) -> list[int]: # its ids, and what ended it: BOI, EOS, or nothing where it was cut at the longest length
+    "What the policy itself said before it drew."
+    return [*prompt.plan, *([] if prompt.plan_end is None else [prompt.plan_end])]
+
 def code_logps(
     model:ARM, # the policy, or its reference
     prompts:list[ImagePrompt], # B prompts of one kind: all text to image, or all edits
     codes:list[Tensor], # B tensors (N_b,) of codes
     weights:dict[str, float], # branches and their shares, from `Guidance.weights`
     temperature:float=1., # of the policy that sampled
-    words:bool=False, # of each plan, too: its ids, and the BOI that ends it
+    words:bool=False, # of each plan, too: its ids, and the one that the policy ended it with
 ) -> tuple[Tensor, Tensor]: # (B, N) log-probabilities, float32, codes first, then words; (B, N) bool, where there is one
     "Log-probability of every code of some drawings, under the policy that guidance makes of a model, and of the words before them."
     v, device, R, B = model.vocab, model.text_weight.device, len(weights), len(prompts)
@@ -61,7 +67,7 @@ def code_logps(
     h = _rows_at(hidden, [len(h) - 1 for h in heads], drawn.shape[1]).view(R, drawn.numel(), -1)
     logps = model.visual_head.log_prob(h, drawn.flatten(), mixer(weights), temperature).view(drawn.shape)
     if not words: return logps, mask
-    told, mask_told = _padded([torch.tensor([*p.plan, v.boi]) for p in prompts], device)
+    told, mask_told = _padded([torch.tensor(_told(p), dtype=torch.long) for p in prompts], device)
     h = _rows_at(hidden[list(weights).index("full") * B:][:B], [len(p.plan_ids(v)) - 1 for p in prompts], told.shape[1])
     said = -F.cross_entropy(F.linear(h.flatten(0, 1), model.text_weight[:v.n_legal_text]).float() / temperature, told.flatten(), reduction="none")
     return torch.cat((logps, said.view(told.shape)), 1), torch.cat((mask, mask_told), 1)
@@ -104,7 +110,7 @@ def rollout(
         for part in (at[a:a + 256] for a in range(0, len(at), 256)):
             painted = tokenizer.decode(torch.stack([codes[k] for k in part]).to(model.text_weight.device), grid, steps=1)
             for k, picture in zip(part, painted.cpu()): pictures[k] = picture
-    rewards = [r for n, i in enumerate(items) for r in i.judge(torch.stack(pictures[n * G:(n + 1) * G]))]
+    rewards = judge_items(items, [torch.stack(pictures[n * G:(n + 1) * G]) for n in range(len(items))])
     return Rollout(prompts if own else [p for p in prompts for _ in range(G)], [i.task for i in items for _ in range(G)], codes,
                    group_advantages(totals(rewards), G, scale_rewards=cfg.scale_rewards), rewards, pictures)
 
@@ -155,9 +161,9 @@ class GRPOParts(L.LightningModule):
 
     def lengths(self,
         held:Rollout, # drawings
-    ) -> Tensor: # (B,) tokens that count: codes, and with `words` those of the plan and the BOI after it
+    ) -> Tensor: # (B,) tokens that count: codes, and with `words` those of the plan and what ended it
         "How much of each sample is learnt from."
-        return torch.tensor([len(c) + (len(p.plan) + 1 if self.words else 0) for c, p in zip(held.codes, held.prompts)])
+        return torch.tensor([len(c) + (len(_told(p)) if self.words else 0) for c, p in zip(held.codes, held.prompts)])
 
     def parts(self,
         held:Rollout, # drawings
@@ -199,7 +205,7 @@ class GRPOUpdate(GRPOParts):
     @torch.no_grad()
     def before(self, held:Rollout) -> Tensor: # (B, N), NaN where nothing is needed
         "Log-probabilities before the first update, part by part as the updates will compute them."
-        words = max(len(p.plan) + 1 for p in held.prompts) if self.words else 0
+        words = max(len(_told(p)) for p in held.prompts) if self.words else 0
         old = torch.full((len(held.codes), max(map(len, held.codes)) + words), torch.nan)
         for rows in self.parts(held):
             logps = self.logps(self.model, held, rows)[0].cpu()
@@ -246,13 +252,13 @@ class DrawnGRPO(GRPOUpdate):
         G, (rank, world) = self.cfg.num_generations, processes(self)
         if len(self.saved) != world: raise ValueError(f"the checkpoint of step {self.global_step} holds drawings of {len(self.saved)} processes, and there are {world}; go on with as many, or from a checkpoint between rollouts")
         kept = self.saved[rank]
-        prompts = [replace(i.prompt, plan=words) for i, words in zip([i for i in items for _ in range(G)], kept["plans"], strict=True)]
+        prompts = [replace(i.prompt, plan=words, plan_end=end) for i, words, end in zip([i for i in items for _ in range(G)], kept["plans"], kept["ends"], strict=True)]
         return Rollout(prompts, [i.task for i in items for _ in range(G)], list(kept["codes"]), kept["advantages"], old=kept["old"])
 
     def on_save_checkpoint(self, checkpoint:dict) -> None:
         "Drawings that still have updates to come belong to the state, those of every process."
         if self.held is None or not self.global_step % self.updates: return
-        own = dict(codes=self.held.codes, advantages=self.held.advantages, old=self.held.old, plans=[p.plan for p in self.held.prompts])
+        own = dict(codes=self.held.codes, advantages=self.held.advantages, old=self.held.old, plans=[p.plan for p in self.held.prompts], ends=[p.plan_end for p in self.held.prompts])
         checkpoint["rollout"] = [own] * (world := processes(self)[1])
         if world > 1: dist.all_gather_object(checkpoint["rollout"], own)
 

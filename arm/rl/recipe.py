@@ -7,7 +7,7 @@ __all__ = ['REPLAY', 'PhaseConfig', 'judged_worlds', 'supervised', 'run_phase', 
 
 # %% ../../nbs/64_rl.recipe.ipynb #1eaa5850
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from ..core import config_to_dict, pick_precision, same_settings
 from ..data.openmoji import DATA, load_openmoji
 from ..model.generate import Guidance
 from ..model.tasks import Arm
-from .grpo import GRPOConfig
+from .grpo import GRPOConfig, grpo_config
 from .loop import GuidanceMode, LitGRPO
-from .prompts import PHASES, EmojiItems, ShapesItems, mixed_items
+from .prompts import PHASES, EmojiItems, ShapesItems, mixed_items, reward_weights
 from ..model.sequence import Batch
 from ..tokenizer.renderfiles import digest
 from ..train.pool import Mixture, mixed_tokens
@@ -38,6 +38,8 @@ class PhaseConfig:
     text_scale:float=1. # guidance by the text, for a mode other than "off"
     words:bool=False # every drawing has words of its own, and they are learnt from as its codes are; for a model that plans
     replay:int=0 # supervised documents beside each update, so that nothing is forgotten
+    loss:dict=field(default_factory=dict) # more of `GRPOConfig`: loss_type, epsilon, epsilon_high, scale_rewards, importance_sampling_level
+    rewards:dict=field(default_factory=dict) # weights of the parts of a mark, see `reward_weights`
     seed:int=0 # of items and drawings
 
     def __post_init__(self):
@@ -46,15 +48,23 @@ class PhaseConfig:
         for name in ("lr", "beta", "text_scale"):
             if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0")
         if self.mode == "off" and self.text_scale != 1: raise ValueError(f"text_scale={self.text_scale} with mode='off': nothing would be guided; choose mode='guided' or 'mismatched', or leave the scale at 1")
+        self.grpo(); reward_weights(self.rewards, ("t2i", "edit", "emoji")) # refuse what is wrong
+
+    def grpo(self) -> GRPOConfig: # group size and weight of the divergence with the rest of the loss
+        "The loss of the phase."
+        return grpo_config(dict(num_generations=self.num_generations, beta=self.beta), self.loss)
 
 def judged_worlds(
     arm:Arm, # tokenizer and words
     worlds:tuple[str, ...], # "shapes", "openmoji"
+    rewards:dict|None=None, # weights of the parts of a mark, see `reward_weights`
 ) -> list: # one source of items per world
     "The sources of judged prompts."
-    make = {"shapes": lambda: ShapesItems(arm.tokenizer, arm.text), "openmoji": lambda: EmojiItems(arm.tokenizer, arm.text, load_openmoji())}
+    tasks, weights = {"shapes": ("t2i", "edit"), "openmoji": ("emoji",)}, lambda world: reward_weights({k: w for k, w in (rewards or {}).items() if k in tasks[world]}, tasks[world])
+    make = {"shapes": lambda: ShapesItems(arm.tokenizer, arm.text, **weights("shapes")), "openmoji": lambda: EmojiItems(arm.tokenizer, arm.text, load_openmoji(), **weights("openmoji"))}
     unknown = [w for w in worlds if w not in make]
     if unknown or not worlds: raise ValueError(f"worlds {worlds!r}: name one or both of {', '.join(make)}")
+    if lost := set(rewards or {}) - {t for w in worlds for t in tasks[w]}: raise ValueError(f"rewards name {sorted(lost)[0]!r}, which the worlds {', '.join(worlds)} do not mark; add the world, or leave it out")
     return [make[w]() for w in worlds]
 
 # %% ../../nbs/64_rl.recipe.ipynb #65804b48
@@ -83,9 +93,8 @@ def run_phase(
     precision:str="auto", # Lightning's name, see `pick_precision`
 ) -> None:
     "One phase of GRPO from the model as it is; a model that plans goes on planning."
-    stream, plan = mixed_items(judged_worlds(arm, worlds), cfg.n_prompts, cfg.seed, phase, cfg.updates), arm.card["plan"]
-    loss = replace(GRPOConfig.tiny(), num_generations=cfg.num_generations, beta=cfg.beta)
-    module = LitGRPO(arm.model, arm.tokenizer, loss, cfg.steps, cfg.lr, updates=cfg.updates, mode=cfg.mode, guidance=Guidance(text_scale=cfg.text_scale),
+    stream, plan = mixed_items(judged_worlds(arm, worlds, cfg.rewards), cfg.n_prompts, cfg.seed, phase, cfg.updates), arm.card["plan"]
+    module = LitGRPO(arm.model, arm.tokenizer, cfg.grpo(), cfg.steps, cfg.lr, updates=cfg.updates, mode=cfg.mode, guidance=Guidance(text_scale=cfg.text_scale),
                      rollout_dtype=torch.bfloat16 if pick_precision(precision).startswith("bf16") else None, plan=plan, words=cfg.words, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0)))
@@ -100,8 +109,8 @@ def told(
     start:str, # name of the model folder that it began from
     weights:str, # what its weights are known by, see `digest`
 ) -> dict: # plain data
-    "A phase in the words of a model card."
-    return dict(phase=phase, worlds=list(worlds), start=start, weights=weights, run=config_to_dict(cfg))
+    "A phase in the words of a model card; of loss and rewards, what differs from the defaults."
+    return dict(phase=phase, worlds=list(worlds), start=start, weights=weights, run={k: v for k, v in config_to_dict(cfg).items() if v != {}})
 
 # %% ../../nbs/64_rl.recipe.ipynb #f3183255
 def train_grpo(
@@ -120,13 +129,15 @@ def train_grpo(
     text_scale:float=1., # guidance by the text, for a mode other than "off"
     words:bool=False, # learn from the words before a picture, too: each drawing has its own
     replay:int=32, # supervised documents beside each update, so that nothing is forgotten; 0: none
+    loss:dict|None=None, # more of the loss: loss_type ("grpo", "dr_grpo", "dapo"), epsilon, epsilon_high, scale_rewards, importance_sampling_level
+    rewards:dict|None=None, # weights of the parts of a mark: "t2i", "edit" and "emoji" -> part -> weight
     seed:int=0, # of items and drawings
     every:int=40, # steps between checkpoints and sheets of samples
 ) -> None:
     "Reinforcement learning on visual tokens (GRPO; phases: ARM sec. 5, as reported); a broken-off run goes on from its checkpoint."
     if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
     start, done = Path(model) if model else DATA / "models" / "tiny", Path(out) / "model"
-    cfg = PhaseConfig(steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, mode=mode, text_scale=text_scale, words=words, replay=replay, seed=seed)
+    cfg = PhaseConfig(steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, mode=mode, text_scale=text_scale, words=words, replay=replay, loss=loss or {}, rewards=rewards or {}, seed=seed)
     arm = Arm.from_pretrained(start)
     entry = told(phase, worlds, cfg, start.parent.name if start.name == "model" else start.name, digest(arm.model))
     if (done / "config.json").exists():
