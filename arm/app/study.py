@@ -141,7 +141,7 @@ def run_study(
                 bar.update(sum((job / "row.json").exists() for job in jobs) - bar.n)
     command = f"arm study {name}" + (f" --seeds {seeds}" if seeds != 3 else "") + (f" --steps {steps}" if steps else "")
     with claimed(home / final.stem):
-        if final.exists(): return final # another process was first
+        if final.exists(): stash.clear(); return final # another process was first
         part = home / f"{final.stem}-part.csv"
         ablate(study.variants, lambda config, seed: found[row_folder(config, seed, rows)], seeds=seeds, path=part)
         points = gather(study, rows, seeds)
