@@ -69,7 +69,7 @@ def test_gradients_reach_the_latents(name):
     if name == "bsq_entropy": assert torch.autograd.grad(loss, z)[0].abs().sum() > 0
 
 
-def test_the_published_bound_lets_through_a_thousandth_at_two_levels():
+def test_the_usual_bound_lets_through_a_thousandth_at_two_levels():
     slopes = []
     for q in (TextbookFSQ((2,)), PlainFSQ((2,))):
         z = torch.zeros(1, 1, requires_grad=True)

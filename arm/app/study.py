@@ -18,7 +18,7 @@ from ..eval.guidance import GUIDANCE_STUDIES, edit_score, guidance_score
 from ..eval.shapes import possible_scores, shapes_items, shapes_scores
 from ..eval.tokenizer import make_cases, score_tokenizer
 from ..model.tasks import Arm
-from ..train.downstream import DOWNSTREAM_STUDIES, Downstream
+from ..train.downstream import CANVAS, DOWNSTREAM_STUDIES
 from ..train.run import quiet
 from ..rl.study import RL_STUDIES, recipe_score
 from ..rl.trials import TRIAL_STUDIES, trial_score
@@ -48,9 +48,9 @@ def downstream_score(
     cases: int = 256, # held-out pictures of each kind for the tokenizer
 ) -> Callable:      # takes a module in training or a whole `Arm`, and gives its scores
     "The judge of tokenizers and of what a transformer makes of their codes."
-    look, items = tokenizer_score(cases), shapes_items(n, canvases=Downstream().canvases)
+    look, items = tokenizer_score(cases), shapes_items(n, canvases=CANVAS)
     both = lambda arm: shapes_scores(arm, items) | possible_scores(arm, items)
-    return lambda what: {k: s["value"] for k, s in both(what).items() if k.count("/") < 4} if isinstance(what, Arm) else look(what)
+    return lambda what: {k: s["value"] for k, s in both(what).items() if k.count("/") < 4 or "/possible/" in k} if isinstance(what, Arm) else look(what)
 
 STUDIES: dict[str, Study] = TOKENIZER_STUDIES | DOWNSTREAM_STUDIES | GUIDANCE_STUDIES | RL_STUDIES | TRIAL_STUDIES # all that `arm study` knows
 SCORES: dict[str, Callable[[], Callable]] = {"tokenizer": tokenizer_score, "downstream": downstream_score, "guidance": guidance_score, "edits": edit_score, "recipe": recipe_score, "trials": trial_score} # `Study.scored_by` -> maker of the judge; made once per run

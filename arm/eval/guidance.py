@@ -10,16 +10,21 @@ __all__ = ['SCALES', 'GUIDANCE_STUDIES', 'TEXT_SCALES', 'IMAGE_SCALES', 'distinc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from ..core import config_to_dict, load_json, save_json
+from ..core import config_to_dict, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL, render
 from .shapes import ShapesItems, judged_drawings, judged_edits, pictures, readings, shapes_items
+from .tokenizer import make_cases, score_tokenizer
 from ..model.tasks import Arm
-from ..train.downstream import Downstream, train_downstream
-from ..train.study import EVEN, Study, Variant, asked, published, row_folder
+from ..train.downstream import CANVAS, Downstream, train_downstream
+from ..tokenizer.renderfiles import digest
+from ..train.study import EVEN, Study, Variant, asked, begin_row, published, row_folder
 
 # %% ../../nbs/55a_eval.guidance.ipynb #725e6aaf
 SCALES = (1., 1.5, 2., 3., 4.) # of guidance by the text
+
+def _layout(scene): # a pixel to the left makes no other scene
+    return scene.rows, scene.cols, frozenset((o.row, o.col, o.shape, o.color, o.size) for o in scene.objs)
 
 def distinct(
     arm:Arm, # draws
@@ -28,14 +33,14 @@ def distinct(
     n_samples:int=8, # pictures of each
     temperature:float=1., # of the drawings
     cfg_scale:float=1., # guidance of the drawings
-) -> float: # in [1/n_samples, 1]
-    "Share of a caption's pictures that show different scenes: what a collapsed policy loses."
+) -> float: # in [0, 1]; 1/n_samples if all show one scene
+    "Different scenes among a caption's pictures, as a share of the pictures: what a collapsed policy loses. What cannot be read counts as none."
     captions = items.captions["val"][::max(1, len(items.captions["val"]) // n_prompts)][:n_prompts]
     many = [case for case in captions for _ in range(n_samples)]
     grids = [(s.rows * CELL // arm.patch, s.cols * CELL // arm.patch) for s, _ in many]
     seen = readings(pictures(arm, arm.imagine_codes([c.text for _, c in many], grids, temperature=temperature, cfg_scale=cfg_scale, seed=0)))
-    groups = [seen[k:k + n_samples] for k in range(0, len(seen), n_samples)]
-    return sum(len({repr((r.objs, sorted(r.faults))) for r in g}) / n_samples for g in groups) / len(groups)
+    groups = [[r.scene for r in seen[k:k + n_samples] if r.scene is not None] for k in range(0, len(seen), n_samples)]
+    return sum(len({_layout(s) for s in g}) / n_samples for g in groups) / len(groups)
 
 def sweep(
     arm:Arm, # draws
@@ -55,10 +60,11 @@ def sweep(
 # %% ../../nbs/55a_eval.guidance.ipynb #3916fac4
 def guidance_score(
     n:int=240, # captions
+    cases:int=256, # held-out pictures of each kind for the tokenizer
 ) -> Callable[[object], dict[str, float]]: # takes a module in training or a whole `Arm`
-    "The judge of the study of guidance: nothing of a tokenizer alone, the sweep of a whole model."
-    items = shapes_items(n, canvases=Downstream().canvases)
-    return lambda what: sweep(what, items) if isinstance(what, Arm) else {}
+    "The judge of the study of guidance: the sweep of a whole model; of a tokenizer what every study measures, since rows are shared."
+    items, cases = shapes_items(n, canvases=CANVAS), make_cases(cases)
+    return lambda what: sweep(what, items) if isinstance(what, Arm) else score_tokenizer(what.tokenizer, what.towers, what.text, cases, pool=what.pool)
 
 def _blind(variant):
     "The same variant, made of pixels."
@@ -103,11 +109,10 @@ def train_edit_scales(
     score:Callable[[Arm, EditScales, int], dict[str, float]], # the judge
 ) -> dict[str, float]: # its numbers
     "One row of the map, of the shipped first-stage model; nothing is trained. A finished row is read from its note."
-    path = row_folder(point, seed, out)
-    if (path / "row.json").exists(): return load_json(path / "row.json")["row"]
-    row = score(Arm.from_pretrained(DATA / "models" / "tiny"), point, seed)
-    path.mkdir(parents=True, exist_ok=True)
-    save_json(path / "row.json", dict(point=config_to_dict(point), seed=seed, row=row))
+    path, arm = row_folder(point, seed, out), Arm.from_pretrained(DATA / "models" / "tiny")
+    if row := begin_row(path, weights := digest(arm.model)): return row
+    row = score(arm, point, seed)
+    save_json(path / "row.json", dict(point=config_to_dict(point), seed=seed, weights=weights, row=row))
     return row
 
 GUIDANCE_STUDIES["edit-guidance"] = Study(question="How much guidance does an edit want from its text and from its source, and in which formula?", row=train_edit_scales, scored_by="edits", variants={

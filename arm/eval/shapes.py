@@ -223,7 +223,7 @@ def tell_shapes(
 def possible_scores(
     arm,                # an `Arm`, or a `Lookup`
     items: ShapesItems, # from `shapes_items`
-) -> dict[str, dict]:   # "shapes/t2i/possible/greedy" and so on -> score; a path is left out where nothing is possible
+) -> dict[str, dict]:   # "shapes/t2i/possible/greedy" and so on -> score, with that of each number of objects below it; left out where nothing is possible
     "Greedy drawings and edits, over the items whose true picture survives encoding and decoding."
     out, through = {}, lambda scenes: readings(pictures(arm, arm.encode([render(s) for s in scenes])))
     for split, tail in (("val", ""), ("unseen", "_unseen")):
@@ -231,6 +231,9 @@ def possible_scores(
         can = {"t2i": [judge_caption(r, c).ok for r, (_, c) in zip(through([s for s, _ in captions]), captions)],
                "edit": [judge_edit(r, s, e).ok for r, (s, e) in zip(through([e.target for _, e in edits]), edits)]}
         got = {"t2i": judged_drawings(arm, captions, 0.), "edit": judged_edits(arm, edits, arm.encode([render(s) for s, _ in edits]), 0.)}
+        sizes = {"t2i": [len(s.objs) for s, _ in captions], "edit": [len(e.target.objs) for _, e in edits]}
         for task, able in can.items():
-            if any(able): out[f"shapes/{task}{tail}/possible/greedy"] = share([v.ok for v, ok in zip(got[task], able) if ok])
+            out[f"shapes/{task}{tail}/possible"] = share(able)
+            kept = [(v.ok, f"objects_{n}") for v, n, ok in zip(got[task], sizes[task], able) if ok]
+            if kept: out |= by(f"shapes/{task}{tail}/possible/greedy", *map(list, zip(*kept)))
     return out

@@ -50,7 +50,7 @@ def importance_ratio(
     "How much likelier the tokens have become (PPO, arXiv 1707.06347, eq. 6; GSPO, arXiv 2507.18071)."
     if level not in ("token", "sequence"): raise ValueError(f"level {level!r} is unknown; use token or sequence")
     log_ratio = torch.where(mask, per_token_logps.float() - old_per_token_logps.detach().float(), 0.).clamp(-20, 20) # e^20 is finite
-    if level == "sequence": log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)).expand_as(log_ratio)
+    if level == "sequence": log_ratio = torch.where(mask, log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1), 0.)
     return log_ratio.exp()
 
 # %% ../../nbs/60_rl.grpo.ipynb #b5e47049
@@ -80,14 +80,15 @@ def kl_exact(
 ) -> Tensor: # (...), at least 0 up to rounding
     "KL(policy || reference) of whole distributions; impossible codes (-inf) add nothing."
     p = logps.float().exp()
-    return torch.where(p > 0, p * (logps.float() - ref_logps.detach().float()), 0.).sum(-1)
+    apart = logps.float().masked_fill(p == 0, 0.) - ref_logps.detach().float().masked_fill(p == 0, 0.) # before the product: a gradient knows no `where`
+    return (p * apart).sum(-1)
 
 def entropy(
     logps:Tensor, # (..., V) log-probabilities of all codes
 ) -> Tensor: # (...) in nats, 0 to log V
     "How undecided a distribution is."
     p = logps.float().exp()
-    return -torch.where(p > 0, p * logps.float(), 0.).sum(-1)
+    return -(p * logps.float().masked_fill(p == 0, 0.)).sum(-1)
 
 # %% ../../nbs/60_rl.grpo.ipynb #c6e0b3ae
 LossType = Literal["grpo", "dr_grpo", "dapo"]

@@ -226,11 +226,11 @@ def judge_summary(
     judge:Judge, # after any number of questions
 ) -> dict: # counts; `money` is None when the model has no price in the table, and a lower bound when `unmetered` is above 0
     "How often there was a verdict, why not, and what it took."
-    n, cfg = judge._end.count, judge.config
-    asked, verdicts = judge._why.total(), judge._why["verdict"]
+    with judge._end.lock: n, why, cfg = judge._end.count.copy(), judge._why.copy(), judge.config # others may be asking
+    asked, verdicts = why.total(), why["verdict"]
     price = cfg.prices.get(cfg.model)
     money = None if price is None else (n["tokens_in"] * price[0] + n["tokens_out"] * price[1]) / 1e6
-    return dict(asked=asked, verdicts=verdicts, no_verdict=asked - verdicts, no_verdict_share=(asked - verdicts) / max(1, asked), why={k: v for k, v in judge._why.items() if k != "verdict"},
+    return dict(asked=asked, verdicts=verdicts, no_verdict=asked - verdicts, no_verdict_share=(asked - verdicts) / max(1, asked), why={k: v for k, v in why.items() if k != "verdict"},
                 **{k: n[k] for k in ("cached", "damaged", "calls", "tokens_in", "tokens_out", "unmetered")}, money=money)
 
 # %% ../../nbs/61_rl.judge.ipynb #0666bb9c

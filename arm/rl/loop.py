@@ -21,7 +21,7 @@ from ..model.sequence import IGNORE, Batch, ImagePrompt
 from ..model.transformer import ARM
 from .grpo import GRPOConfig, denominator, group_advantages, grpo_loss, live_mask
 from .prompts import Item, judge_items
-from .rewards import Reward, part_means, totals
+from .rewards import Reward, part_means, totals, unjudged
 from ..tokenizer.model import VisualTokenizer
 from ..tokenizer.siglip import freeze
 from ..train.tokenizer import adamw, fair_mean, processes
@@ -217,10 +217,11 @@ class GRPOUpdate(GRPOParts):
         live:float, # share of samples that teach something
     ) -> dict[str, Tensor]: # means over tokens, extremes, and that share
         "One line of the log."
-        if not logs: return dict(live_samples=torch.tensor(live))
+        means, logs = ("kl", "drift", "entropy", "ratio_mean", "clip_low", "clip_high", "clip_fraction"), [x for x in logs if x["tokens"]] # parts that only fill up say nothing
+        if not logs: return dict.fromkeys((*means, "ratio_min", "ratio_max", "policy_loss"), torch.tensor(torch.nan)) | dict(live_samples=torch.tensor(live))
         tokens = torch.stack([x["tokens"] for x in logs]).float()
         mean = lambda k: (torch.stack([x[k] for x in logs]) * tokens).sum() / tokens.sum()
-        out = {k: mean(k) for k in ("kl", "drift", "entropy", "ratio_mean", "clip_low", "clip_high", "clip_fraction")}
+        out = {k: mean(k) for k in means}
         out |= dict(ratio_min=min(x["ratio_min"] for x in logs), ratio_max=max(x["ratio_max"] for x in logs))
         return out | dict(policy_loss=sum(x["policy_loss"] for x in logs), live_samples=torch.tensor(live))
 
@@ -229,6 +230,7 @@ class DrawnGRPO(GRPOUpdate):
     "Drawings that are learnt from in one or several updates, and survive a checkpoint in between."
     held, saved = None, None # drawings that are being learnt from; what a checkpoint kept of them
     silent, patience = 0, 8 # rollouts in a row without a single verdict; so many, and the run stops
+    marked = {} # names of all marks so far
 
     def draw(self, items:list[Item]) -> Rollout:
         "New pictures; several updates need the probabilities of this moment."
@@ -238,13 +240,14 @@ class DrawnGRPO(GRPOUpdate):
                            guidance=branches(self.guidance, self.mode, False)[0], dtype=self.rollout_dtype, plan=self.plan, own=self.words)
         self.model.train()
         if self.updates > 1: held.old = self.before(held)
-        for task in sorted(set(held.tasks)):
-            means = part_means([r for r, t in zip(held.rewards, held.tasks) if t == task])
-            self.log_dict({f"{task}_{k}": v for k, v in means.items()}, prog_bar=False)
-        self.silent = 0 if any(r.total == r.total for r in held.rewards) else self.silent + 1
-        self.log("no_verdict", sum(r.total != r.total for r in held.rewards) / len(held.rewards), prog_bar=False)
+        means = {f"{task}_{k}": v for task in sorted(set(held.tasks)) for k, v in part_means([r for r, t in zip(held.rewards, held.tasks) if t == task]).items()}
+        self.marked = dict.fromkeys({**self.marked, **means}, torch.nan) # what was not marked this time is logged as such: a logger would repeat its last value
+        self.log_dict(self.marked | means, prog_bar=False)
+        silent = sum(map(unjudged, held.rewards))
+        self.silent = self.silent + 1 if silent == len(held.rewards) else 0
+        self.log("no_verdict", silent / len(held.rewards), prog_bar=False)
         if self.silent >= self.patience: raise ValueError(f"{self.silent} rollouts in a row without a single verdict: whoever judges is away or refuses; see to it, then start the same command again, which goes on from the last checkpoint")
-        if "total" in (means := part_means(held.rewards)): self.log("reward", means["total"], prog_bar=True) # a judge that is away leaves none
+        self.log("reward", part_means(held.rewards).get("total", torch.nan), prog_bar=True) # a judge that is away leaves none
         return held
 
     def again(self, items:list[Item]) -> Rollout:

@@ -85,6 +85,9 @@ def judge_items(
         return [r for n, i in enumerate(items) for r in (asked[n].result() if n in asked else i.judge(groups[n]))]
 
 # %% ../../nbs/62_rl.prompts.ipynb #3fd1180d
+def _asked_tone(row): # couples of two tones and what is brown for another reason are not asked
+    return row.tone if row.tone_name and "," not in row.tone_name else None
+
 def _judge_targets(images, right, truth, picture, tone, weights):
     parts = [r.parts for r in target_rewards(images, [right] * len(images), truth)]
     if set(weights) & set(PALETTE_WEIGHTS): parts = [p | palette_reward(x, picture, tone).parts for p, x in zip(parts, images)]
@@ -122,7 +125,7 @@ class EmojiItems:
             pair = rng.choice(self.kinds[rng.choices(list(self.kinds), [len(v) ** .5 for v in self.kinds.values()])[0]])
             words, right, goal = instruction(pair, rng), self.right[int(self.data.unique[pair.src]), pair.kind, pair.value], pair.dst
             source = self.tokenizer.encode(to_float(self.data.images[pair.src][None]).to(device_of(self.tokenizer)))[0].cpu()
-        judge = partial(_judge_targets, right=right, truth=self.truth, picture=self.data.images[goal], tone=self.data.rows[goal].tone, weights=self.weights)
+        judge = partial(_judge_targets, right=right, truth=self.truth, picture=self.data.images[goal], tone=_asked_tone(self.data.rows[goal]), weights=self.weights)
         return Item(task, ImagePrompt(self.text.encode(words), self.grid, source), judge, words, seed)
 
 # %% ../../nbs/62_rl.prompts.ipynb #747565a3

@@ -77,9 +77,9 @@ def supervised(
 ) -> Callable[[int, int, int], list[Batch]]: # documents by step
     "A stream of supervised documents from all worlds that the model was trained on."
     trained = [arm.card.get("run", {}), *arm.card.get("sft", [])]
-    known = tuple(trained[0].get("worlds", worlds))
+    known = tuple(dict.fromkeys(w for t in trained for w in t.get("worlds", ()))) or worlds
     run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=trained[-1].get("asked", False), worn=trained[-1].get("worn", 0.), seed=cfg.seed + 2)
-    return mixed_tokens(pools(run, arm.tokenizer, .75 if arm.card["plan"] else 0.), arm.model.vocab, cfg.replay, cfg.seed + 2, REPLAY)
+    return mixed_tokens(pools(run, arm.tokenizer, .75 if arm.card["plan"] else 0., arm.text), arm.model.vocab, cfg.replay, cfg.seed + 2, REPLAY)
 
 # %% ../../nbs/64_rl.recipe.ipynb #58ed9f2e
 def run_phase(

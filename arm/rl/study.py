@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core import config_to_dict, load_json, save_json
+from ..core import config_to_dict, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import render
 from ..data.shapetext import describes
@@ -18,7 +18,8 @@ from ..eval.guidance import distinct
 from ..eval.shapes import ShapesItems, exact, judged_drawings, judged_edits, shapes_items
 from ..model.tasks import DESCRIBE, Arm
 from .recipe import PhaseConfig, run_phase
-from ..train.study import Study, row_folder
+from ..tokenizer.renderfiles import digest
+from ..train.study import Study, begin_row, row_folder
 
 # %% ../../nbs/65_rl.study.ipynb #2fa54124
 TEMPERATURES = (1., .8, 0.) # 0 is greedy
@@ -69,9 +70,9 @@ class Recipe:
 
     def shorter(self,
         steps:int, # updates
-    ) -> "Recipe": # for a trial
+    ) -> "Recipe": # for a trial; each phase has one at least
         "The same recipe with fewer updates."
-        return replace(self, steps=steps)
+        return replace(self, steps=max(steps, len(self.phases)))
 
 def train_recipe(
     recipe:Recipe, # phases
@@ -81,14 +82,13 @@ def train_recipe(
 ) -> dict[str, float]: # its numbers
     "One row of a study of recipes; a broken-off one goes on from its checkpoint, a finished one is read from its note."
     path = row_folder(recipe, seed if recipe.phases else 0, out) # the start is the same for every seed
-    if (path / "row.json").exists(): return load_json(path / "row.json")["row"]
     arm, n = Arm.from_pretrained(DATA / "models" / "tiny"), len(recipe.phases)
+    if row := begin_row(path, weights := digest(arm.model)): return row
     for k, phase in enumerate(recipe.phases):
         cfg = PhaseConfig(steps=recipe.steps * (k + 1) // n - recipe.steps * k // n, lr=recipe.lr, beta=recipe.beta, seed=seed)
         run_phase(arm, path / f"{k}-{phase}", phase, ("shapes",), cfg, every=40)
     row = score(arm) | dict(steps=float(recipe.steps if n else 0))
-    path.mkdir(parents=True, exist_ok=True)
-    save_json(path / "row.json", dict(recipe=config_to_dict(recipe), seed=seed, row=row))
+    save_json(path / "row.json", dict(recipe=config_to_dict(recipe), seed=seed, weights=weights, row=row))
     for ckpt in path.glob("*/last.ckpt"): ckpt.unlink()
     return row
 

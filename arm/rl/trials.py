@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import config_to_dict, load_json, pick_precision, save_json
+from ..core import config_to_dict, pick_precision, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL
 from ..data.shapetext import Caption
@@ -29,7 +29,8 @@ from .prompts import Item, ShapesItems, mixed_items
 from .rewards import T2I_WEIGHTS, caption_reward, ink_reward
 from .study import understood
 from ..train.run import fit
-from ..train.study import Study, row_folder
+from ..tokenizer.renderfiles import digest
+from ..train.study import Study, begin_row, row_folder
 
 # %% ../../nbs/66_rl.trials.ipynb #caf178ab
 MARKS = {"mixed": T2I_WEIGHTS, "strict": {"strict": 1.}, "graded": {"count": 1., "attributes": 1., "relation": 1.}} # weights of `caption_reward`; "ink" has a function of its own
@@ -113,19 +114,18 @@ def train_trial(
 ) -> dict[str, float]: # its numbers
     "One row of a study of trials; a broken-off one goes on from its checkpoint, a finished one is read from its note."
     path = row_folder(trial, seed if trial.steps else 0, out) # the start is the same for every seed
-    if (path / "row.json").exists(): return load_json(path / "row.json")["row"]
     arm = Arm.from_pretrained(DATA / "models" / "tiny")
+    if row := begin_row(path, weights := digest(arm.model)): return row
     if trial.steps:
         source = InkItems(arm.tokenizer, arm.text) if trial.marks == "ink" else ShapesItems(arm.tokenizer, arm.text, MARKS[trial.marks])
         loss = replace(GRPOConfig.tiny(), num_generations=trial.num_generations, beta=trial.beta)
         module = HalfGRPO(arm.model, arm.tokenizer, loss, trial.steps, trial.lr, mode=trial.mode, guidance=Guidance(text_scale=trial.text_scale),
-                          rollout_dtype=torch.bfloat16 if pick_precision().startswith("bf16") else None)
+                          rollout_dtype=torch.bfloat16 if pick_precision().startswith("bf16") else None, plan=arm.card["plan"]) # as the judge asks it
         module.tokens = trial.tokens
         fit(module, mixed_items([source], trial.n_prompts, seed, "t2i"), trial.steps, path, "trial", every=20)
         arm.model.eval()
     row = score(arm) | dict(steps=float(trial.steps))
-    path.mkdir(parents=True, exist_ok=True)
-    save_json(path / "row.json", dict(trial=config_to_dict(trial), seed=seed, row=row))
+    save_json(path / "row.json", dict(trial=config_to_dict(trial), seed=seed, weights=weights, row=row))
     (path / "last.ckpt").unlink(missing_ok=True)
     return row
 

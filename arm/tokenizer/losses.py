@@ -89,7 +89,7 @@ def pixel_flow_loss(
 # %% ../../nbs/22_tokenizer.losses.ipynb #7a24e91a
 @dataclass(kw_only=True, frozen=True)
 class LossWeights:
-    "Weights of the four objectives; zero switches one off, and it is then not computed."
+    "Weights of the four objectives; zero switches one off, and cap, sig and feat are then not computed."
     cap:float = 1. # caption cross-entropy (ARM eq. 4 as reported: 1)
     pix:float = 5. # pixel rectified flow (as reported: 5)
     sig:float = 5. # sigmoid contrastive (as reported: 5)

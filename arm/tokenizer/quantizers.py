@@ -38,14 +38,23 @@ def straight_through(
 
 # %% ../../nbs/21a_tokenizer.quantizers.ipynb #4d54dcb7
 class TextbookFSQ(PlainFSQ):
-    "FSQ with the published bound, shift and all (arXiv 2309.15505, appendix A.1): fine for many levels, dead for two."
+    "FSQ with a shifted bound (after arXiv 2309.15505, appendix A.1): fine for many levels, dead or half deaf for two."
+    def __init__(self,
+        levels:tuple[int, ...]=(2,) * 16, # values per channel
+        form:str="library", # "library": the bound of vector-quantize-pytorch; "listing": that of the paper's own listing
+    ):
+        if form not in ("library", "listing"): raise ValueError(f"form={form!r}: choose 'library' or 'listing'")
+        super().__init__(levels)
+        self.form = form
+
     def forward(self,
         z:Tensor, # (..., Q) latents
     ) -> Tensor: # (..., Q) float32 codes, multiples of 1 / (L // 2) from -1; 1 is reached for odd L only
         "Shift, tanh, round, and divide by half the levels."
         with torch.autocast(z.device.type, enabled=False):
-            half, offset = (self.levels - 1) * (1 + 1e-3) / 2, (self.levels % 2 == 0) * .5
-            b = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset
+            half, offset = (self.levels - 1) * (1 + (1e-3 if self.form == "library" else -1e-3)) / 2, (self.levels % 2 == 0) * .5
+            shift = (torch.atanh if self.form == "library" else torch.tan)(offset / half)
+            b = torch.tanh(z.float() + shift) * half - offset
             return straight_through(b, b.round()) / (self.levels // 2)
 
     def codes_to_indices(self,
@@ -83,16 +92,18 @@ class BSQ(PlainFSQ):
         entropy_weight:float=0., # of `entropy_loss`; 0 switches it off; released code takes 1 / tau
         tau:float=100., # sharpness of the soft bits (as released implementations take it)
         gamma:float=1., # see `entropy_loss`
+        loud:bool=False, # codes are handed on as plus and minus 1, as FSQ's are
     ):
         super().__init__((2,) * bits)
         self.entropy_weight, self.tau, self.gamma, self.scale = entropy_weight, tau, gamma, bits**-.5
+        self.gain, self.level = (bits**.5, 1.) if loud else (1., self.scale)
 
     def forward(self,
         z:Tensor, # (..., Q) latents
-    ) -> Tensor: # (..., Q) float32 codes, each number plus or minus 1/sqrt(Q)
+    ) -> Tensor: # (..., Q) float32 codes, each number plus or minus 1/sqrt(Q), or 1 if they are loud
         "Normalise, then take signs, straight through."
         u = F.normalize(z.float(), dim=-1)
-        return straight_through(u, torch.where(u >= 0, self.scale, -self.scale))
+        return straight_through(u * self.gain, torch.where(u >= 0, self.level, -self.level))
 
     def with_loss(self,
         z:Tensor, # (..., Q) latents
@@ -111,7 +122,7 @@ class BSQ(PlainFSQ):
         indices:Tensor, # (...) int64 in [0, codebook_size)
     ) -> Tensor: # (..., Q) float32 codes
         "The exact inverse of `codes_to_indices`."
-        return super().indices_to_codes(indices) * self.scale
+        return super().indices_to_codes(indices) * self.level
 
 # %% ../../nbs/21a_tokenizer.quantizers.ipynb #1ded1f63
 @torch.no_grad()
@@ -276,11 +287,13 @@ PUBLISHED_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8,
 
 QUANTIZERS:dict[str, Callable[[int, int], Quantizer]] = { # name: maker from bits and the width of learned entries
     "fsq": lambda bits, n: PlainFSQ((2,) * bits), # ARM's
-    "fsq_textbook": lambda bits, n: TextbookFSQ((2,) * bits), # the published bound at two levels
+    "fsq_textbook": lambda bits, n: TextbookFSQ((2,) * bits), # the usual bound at two levels
+    "fsq_listing": lambda bits, n: TextbookFSQ((2,) * bits, form="listing"), # the authors' bound at two levels
     "fsq_4": lambda bits, n: PlainFSQ((4,) * (bits // 2)), # half as many channels of four levels
     "fsq_mixed": lambda bits, n: PlainFSQ(PUBLISHED_LEVELS[bits]), # few channels of many levels
     "bsq": lambda bits, n: BSQ(bits), # on the sphere
     "bsq_entropy": lambda bits, n: BSQ(bits, entropy_weight=.01), # with its entropy term, weight 1 / tau
+    "bsq_loud": lambda bits, n: BSQ(bits, loud=True), # as loud as FSQ
     "vq_plain": lambda bits, n: VectorQuantizer(2**bits, n, learn="gradient", patience=0.), # as first published: gradient, no restart
     "vq": lambda bits, n: VectorQuantizer(2**bits, n), # moving averages and restarts
     "rvq": lambda bits, n: ResidualVQ((2**(bits // 2), 2**(bits - bits // 2)), n), # two tables in a row

@@ -47,7 +47,7 @@ def save_renderer(
 ) -> Path: # the path written
     "Write a renderer's networks, their configurations and its defaults to one file."
     if not renderer.parts: raise ValueError(f"{type(renderer).__name__} has no weights of its own; save its tokenizer instead")
-    facts = dict(kind=renderer.kind, config={k: config_to_dict(p.cfg) for k, p in renderer.parts.items()}, steps=renderer.steps, guidance=renderer.guidance, can_guide=renderer.can_guide, tokenizer=fingerprint(renderer.tokenizer))
+    facts = dict(kind=renderer.kind, config={k: config_to_dict(p.cfg) for k, p in renderer.parts.items()}, steps=renderer.steps, guidance=renderer.guidance, shift=renderer.shift, can_guide=renderer.can_guide, tokenizer=fingerprint(renderer.tokenizer))
     return save_tensors(path, {f"{k}.{n}": v.to(dtype) for k, p in renderer.parts.items() for n, v in p.state_dict().items()}, facts)
 
 # %% ../../nbs/25b_tokenizer.renderfiles.ipynb #dfdcead8
@@ -66,7 +66,7 @@ def load_renderer(
         own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
         parts[name] = load_weights(network(config_from_dict(config, facts["config"][name])), own, source=path).to(device)
     renderer = cls(tokenizer, **parts)
-    renderer.steps, renderer.guidance, renderer.can_guide = facts["steps"], facts["guidance"], facts.get("can_guide", renderer.can_guide)
+    renderer.steps, renderer.guidance, renderer.shift, renderer.can_guide = facts["steps"], facts["guidance"], facts.get("shift"), facts.get("can_guide", renderer.can_guide)
     return renderer
 
 def load_renderers(

@@ -40,7 +40,7 @@ class SeeingTokenizer(VisualTokenizer):
     ) -> Tensor: # (B, N, Q) codes
         "Codes of each patch."
         if features is None and self.cfg.source != "patch":
-            with torch.no_grad(): features = self.eyes[0].to(images.device).features(images.float())
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False): features = self.eyes[0].to(images.device).features(images.float()) # as everywhere: the codes of an image are the same whoever asks
         return super().quantise(images, features)
 
 def borrowed_config(

@@ -17,10 +17,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_precision, same_settings, save_json, save_tensors
 from ..data.openmoji import load_openmoji
-from ..data.text import default_tokenizer
+from ..data.text import TextTokenizer, default_tokenizer
 from ..model.tasks import Arm
 from ..model.transformer import ARM, ARMConfig
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
+from ..tokenizer.renderfiles import digest
 from ..tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig, freeze
 from .arm import LitARM
 from .meanwhile import Line, Samples, WholeCheckpoints, quiet
@@ -173,6 +174,16 @@ def load_teacher(
     return freeze(towers), freeze(reader)
 
 # %% ../../nbs/43_train.run.ipynb #c46286c2
+def _settings(
+    run:RunConfig, # all of the run's numbers
+    out:str|Path, # run folder
+    *names:str, # which of them a stage depends on
+    stands:bool, # on the codes of stage "tokenizer", which must not be others when it goes on
+) -> dict: # plain data
+    "What the result of a stage depends on."
+    held = {k: v for k, v in config_to_dict(run).items() if k in names}
+    return held | dict(tokenizer=digest(load_tokenizer(out, "tokenizer").down)) if stands else held
+
 def train_tokenizer(
     out:str="runs/tiny", # run folder
     quick:bool=False, # the short run on shapes alone
@@ -186,7 +197,8 @@ def train_tokenizer(
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
     run = run_config(quick, steps, batch)
     path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
-    if same_settings(path, run, *(what := ("worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed"))): return
+    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed", stands=not joint)
+    if same_settings(path, asked): return
     n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
     towers, reader = load_teacher(out)
@@ -196,7 +208,7 @@ def train_tokenizer(
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
     show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look.to(module.device)), tokenizer.grid(look), steps=1).cpu()])
-    same_settings(path, run, *what, begin=True)
+    same_settings(path, asked, begin=True)
     fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every)
     if joint: tokenizer.settle() # later stages and users see the codes of the weights that are saved
     finish(path, dict(tokenizer=tokenizer), n, tokenizer.cfg)
@@ -216,9 +228,10 @@ def pools(
     run:RunConfig, # worlds and sizes
     tokenizer:VisualTokenizer, # frozen
     plan:float=0., # share of documents with words before the picture or the answer
+    text:TextTokenizer|None=None, # words to ids; None: the project's own
 ) -> list: # one pool per world
     "The token pools of a run."
-    text = default_tokenizer()
+    text = text or default_tokenizer()
     return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn) for w in run.worlds]
 
 def train_arm(
@@ -233,7 +246,8 @@ def train_arm(
     "Stage 4: the transformer, on the codes of stage 2."
     run = run_config(quick, steps, batch, scenes)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    if same_settings(path, run, *(what := ("worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed"))): return
+    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed", stands=True)
+    if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
@@ -243,7 +257,7 @@ def train_arm(
     module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
     shapes = Mixture.planned() if run.plan else Mixture()
     mixtures = [Mixture.openmoji() if w == "openmoji" else replace(shapes, qa=run.questions * shapes.qa) for w in run.worlds]
-    same_settings(path, run, *what, begin=True)
+    same_settings(path, asked, begin=True)
     fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
     finish(path, dict(arm=model), n)
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EVEN', 'STUDIES', 'RECORD', 'published', 'Variant', 'build', 'LitVariant', 'balanced', 'pulls', 'Measured',
-           'row_folder', 'claimed', 'train_variant', 'Study', 'asked', 'weighted', 'read_table', 'mean_curves']
+           'row_folder', 'begin_row', 'claimed', 'train_variant', 'Study', 'asked', 'weighted', 'read_table',
+           'mean_curves']
 
 # %% ../../nbs/45_train.study.ipynb #bd8845f3
-import csv
+import csv, shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,11 +82,11 @@ class LitVariant(LitTokenizer):
         super().__init__(tokenizer, *judges, default_tokenizer(), variant.steps, variant.lr, semantic_every=1, n_structure=0, recolour=0., coarse=0., seed=seed)
         self.variant, self.aux = variant, 0.
 
-    def projected(self, images:Tensor, other:Tensor, n_structure:int, dice:Dice) -> tuple[Tensor, dict[str, Tensor]]:
-        "As always; a quantizer with a loss of its own states it, and moves its codebook."
-        z, asked = super().projected(images, other, n_structure, dice)
-        self.aux = self.tokenizer.fsq.with_loss(z)[1] if self.variant.quantizer else 0.
-        return z, asked
+    def quantised(self, z:Tensor) -> Tensor: # codes
+        "As always; a quantizer with a loss of its own states it, and moves its codebook after the codes were taken from it."
+        if not self.variant.quantizer: return super().quantised(z)
+        codes, self.aux = self.tokenizer.fsq.with_loss(z)
+        return codes
 
     def training_step(self, batch:Pictures, batch_idx:int) -> Tensor: return super().training_step(batch, batch_idx) + self.aux
 
@@ -161,6 +162,19 @@ def row_folder(
     "A folder that no other configuration or seed has."
     return Path(out) / f"{stable_hash(repr(config_to_dict(variant))):016x}-seed{seed}"
 
+def begin_row(
+    path:Path, # the row's folder
+    weights:str, # what a row that is trained from a shipped model begins from, see `digest`
+) -> dict[str, float]|None: # the row, if it is finished
+    "A row that was begun from other weights is thrown away; what is finished from these is read from its note."
+    note, start = path / "row.json", path / "start.json"
+    held = load_json(note if note.exists() else start).get("weights") if note.exists() or start.exists() else weights
+    if held != weights:
+        print(f"row {path.name} was made from other weights: it is made anew")
+        shutil.rmtree(path)
+    save_json(start, dict(weights=weights))
+    return load_json(note)["row"] if note.exists() else None
+
 def claimed(
     path:str|Path, # a folder to work in
     wait:bool=True, # for whoever holds it; False: raise `filelock.Timeout` at once
@@ -217,7 +231,7 @@ def weighted(
 def _designs() -> dict[str, TokenizerConfig]:
     "What a code can see: all features, or its own patch."
     both, patch, staged = (replace(published(EVEN), source="both"), replace(published(EVEN), source="patch"), replace(TokenizerConfig.tiny(), weights=EVEN))
-    return {"features, 2 blocks": published(EVEN), "features, no blocks": replace(published(EVEN), down_layer=0), "features and pixels, 2 blocks": both, "pixels, 2 blocks": patch,
+    return {"features, 2 blocks": published(EVEN), "features, no blocks": replace(published(EVEN), down_dim=512, down_layer=0), "features and pixels, 2 blocks": both, "pixels, 2 blocks": patch,
             "pixels, each patch alone": replace(patch, down_dim=512, down_layer=0), "each patch alone, in stages": staged, "each patch alone, two views": replace(staged, factored=True)}
 
 STUDIES:dict[str, Study] = {
@@ -233,7 +247,7 @@ STUDIES:dict[str, Study] = {
     "bits": Study(question="How many bits per token does meaning need, and how many do pixels need?", variants={
         f"{n} bits": Variant(tokenizer=published(EVEN, bits=n)) for n in (16, 14, 12, 10, 8)}),
     "quantizers": Study(question="At equal bits, does the quantizer matter?", variants={
-        "our FSQ": Variant(tokenizer=published(EVEN)), **{name: Variant(tokenizer=published(EVEN), quantizer=name) for name in ("fsq_textbook", "fsq_4", "fsq_mixed", "bsq", "bsq_entropy", "vq_plain", "vq", "rvq")}}),
+        "our FSQ": Variant(tokenizer=published(EVEN)), **{name: Variant(tokenizer=published(EVEN), quantizer=name) for name in ("fsq_textbook", "fsq_listing", "fsq_4", "fsq_mixed", "bsq", "bsq_entropy", "bsq_loud", "vq_plain", "vq", "rvq")}}),
     "designs": Study(question="What do codes lose and gain when each sees its own patch only?", variants={name: Variant(tokenizer=t) for name, t in _designs().items()}),
 }
 

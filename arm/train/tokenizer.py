@@ -295,6 +295,8 @@ class LitTokenizer(ProjectionLosses):
         self.semantic_every, self.n_structure, self.palette, self.flip_rate, self.recolour, self.zero_share = semantic_every, n_structure, palette, flip_rate, recolour, zero_share
         if stage == "decoder": freeze(tokenizer.down)
 
+    def quantised(self, z:Tensor) -> Tensor: return self.tokenizer.fsq(z) # a quantizer that learns does more here
+
     def training_step(self, batch:Pictures, batch_idx:int) -> Tensor:
         "One step of either stage; its randomness comes from the seed and the step."
         tok, dice = self.tokenizer, Dice(self.seed * 1_000_003 + self.global_step, *processes(self))
@@ -304,7 +306,7 @@ class LitTokenizer(ProjectionLosses):
         if self.stage == "decoder": codes, asked = frozen_codes(tok, images, self.towers), {}
         else:
             z, asked = self.projected(images, other, self.n_structure, dice)
-            codes = tok.fsq(z)
+            codes = self.quantised(z)
         if self.flip_rate: codes = codes * flip_bits(torch.ones(len(codes) * dice.world, *codes.shape[1:]), self.flip_rate, dice.generator)[dice.rank::dice.world].to(codes)
         up = tok.unproject(codes, tok.grid(images))
         losses = dict(pix=self.pixel_loss(images, up, dice, self.zero_share))
