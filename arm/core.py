@@ -90,7 +90,7 @@ def load_json(path: str | Path, # a JSON file that holds an object
     path = Path(path)
     if not path.is_file(): raise ValueError(f"{path} does not exist; it must be a JSON file, check the path")
     try: data = json.loads(path.read_bytes())
-    except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}); restore the file or write it anew") from e
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not valid JSON ({e}); restore the file or write it anew") from e
     if not isinstance(data, dict): raise ValueError(f"{path} holds a {type(data).__name__}; it must hold a JSON object")
     return data
 

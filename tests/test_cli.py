@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 from tools.strangers import encoded, files, note, png, png16, refusal, run, scene, untrained
 
 from arm.app import terminal
+from arm.app.cli import main
 
 ARM = Path(sys.executable).parent/"arm"
 RIGHT = scene()  # 48 px wide, 32 px high
@@ -486,3 +487,28 @@ def test_the_command_is_installed(here, model):
     assert subprocess.run([ARM, "--version"], capture_output=True, text=True, check=True).stdout.startswith("arm 0.")
     done = subprocess.run([ARM, "imagine", "红色的圆", "-o", "out.png", "--model", str(model)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stderr == "" and Image.open("out.png").size == (48, 48)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["pope", "--data", "x.jsonl", "--n", "20"], "--n: of our own examination"), (["--data", "x.jsonl", "--images", "d"], "--data, --images: of a benchmark, and none is named"),
+    (["--renderers", "d", "--worlds", "shapes"], "leave --worlds out")])
+def test_options_of_the_other_form_of_eval_are_refused(words, said, capsys):
+    assert main(["eval", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_question_file_of_another_benchmark_is_one_line(tmp_path, capsys):
+    (tmp_path/"x.jsonl").write_text('{"a": 1}\n')
+    assert main(["eval", "pope", "--data", str(tmp_path/"x.jsonl"), "--images", str(tmp_path), "--out", str(tmp_path/"run")]) == 2
+    assert "not the files of pope" in capsys.readouterr().err
+    (tmp_path/"e.json").write_text("{}")
+    (tmp_path/"d.json").write_text("[" * 100_000)
+    for name, file in (("mmmu", "e.json"), ("gqa", "d.json")):
+        assert main(["score", name, *[str(tmp_path/file)] * 2]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("arm: ") and err.count("\n") == 1
+
+
+def test_options_of_writing_shards_are_refused_where_nothing_is_written(tmp_path, capsys):
+    assert main(["shards", "check", str(tmp_path), "--samples", "5"]) == 2
+    assert "leave them out of: arm shards check" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from ..data.shapetext import CATEGORIES, describes, sample_caption
 from ..eval.nearest import Gallery, gallery, nearest
 from ..eval.verifier import judge_caption, judge_edit, judge_scene
 from ..model.tasks import DESCRIBE, Arm
+from ..tokenizer.renderfiles import fingerprint
 
 # %% ../../nbs/91_app.demo.ipynb #6b01ac65
 def judge_emoji(drawn: list[Tensor], # (3, S, S) floats in [-1, 1] or bytes
@@ -155,6 +156,7 @@ def before_and_after(before: Arm, # the model that training went on from
                      seed: int = 0, # of the draws at temperature 1, the same for both
                      ) -> list[Section]: # drawings; edits
     "What further training changed: both models on the same held-out requests, judged alike."
+    if fingerprint(before.tokenizer) != fingerprint(after.tokenizer): raise ValueError(f"--before: {before.card['name']} has another tokenizer than {after.card['name']}, so their codes are not the same pictures; compare models of one tokenizer")
     items = [sample_caption(rng, kind, split="val") for kind in ("two_objects", "counting", "position", "color_binding") for _ in range(2)]
     grids = [tuple(s//after.patch for s in render(scene).shape[1:]) for scene, _ in items]
     edits = [sample_edit(rng, kind, split="val") for kind in EDIT_KINDS]

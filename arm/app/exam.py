@@ -18,7 +18,7 @@ from ..eval import dpg, gedit, geneval, wise
 from ..eval.ask import Exam, answer_all, answer_with, in_order, read_answers
 from ..eval.bench import Result
 from ..eval.draw import Item, Layout, edit_with, generate, imagine_with, rewritten, sheet_of
-from .score import compute
+from .score import ODD, compute
 from ..core import atomic_path, load_json
 
 # %% ../../nbs/91c_app.exam.ipynb #e9f69e17
@@ -65,7 +65,7 @@ def run_exam(
     "Answer all questions of a benchmark, write the official file, and score it if the answers are at hand."
     exam = exams()[name]
     try: items = exam.items(Path(data), Path(images), exam.form)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
+    except ODD as e:
         raise ValueError(f"{data}: not the questions of {name} ({type(e).__name__}: {e}); give the official file of this benchmark") from e
     answer_all(items, ask, out, facts={"form": exam.form, **(facts or {})}, say=say)
     answers, refused = read_answers(out), refusals(out)

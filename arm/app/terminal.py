@@ -104,6 +104,9 @@ def load_model(path: str | Path, # folder written by `Arm.save_pretrained`
     if type(most) is not int or not isinstance(grids, list) or not grids or not all(
             isinstance(g, list) and len(g) == 2 and all(type(s) is int and 1 <= s <= model.model.cfg.max_side for s in g) for g in grids):
         raise ValueError(f"{path} has a card that fits no model (grids {grids!r:.60}, max_prompt {most!r:.20}); copy the folder again, or train it anew")
+    run = model.card.get("run", {})
+    if not isinstance(run, dict) or not isinstance(worlds := run.get("worlds", []), list) or not all(isinstance(w, str) for w in worlds):
+        raise ValueError(f"{path} has a card that tells of no training (run {run!r:.60}); copy the folder again, or train it anew")
     if plan is not None: model.card["plan"] = plan
     return model
 
@@ -119,7 +122,8 @@ def fit_to(model, # an `Arm`
            ): # the picture itself, with the codes that it may carry
     "Say on the error stream if the model will see the picture at another size."
     from arm.data.pictures import fit_picture
-    note = fit_picture(picture, model.card["grids"], model.patch)[1]
+    from arm.model.tasks import noted_grids
+    note = fit_picture(picture, noted_grids(picture, model.card["grids"], model.patch), model.patch)[1]
     if note: print(f"note: {one_line(name)}: {note}", file=sys.stderr)
     return picture
 

@@ -8,6 +8,7 @@ __all__ = ['Trial', 'local_device', 'before', 'trial']
 # %% ../../nbs/91j_app.trial.ipynb #6572e0a3
 import os
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from .exam import DRAWINGS, benchmark, exams
 from .judges import beside, check_judge, judge_run, referee
 from .reference import check_answers, check_data, check_scorer, plain
-from .score import compute
+from .score import ODD, compute
 from ..core import load_json, save_json
 from ..eval.bench import Result
 from ..train.place import place
@@ -73,13 +74,19 @@ def before(
     return who
 
 # %% ../../nbs/91j_app.trial.ipynb #f0b533e6
+@contextmanager
+def _official(t: Trial):
+    "Files of another kind than asked for raise anything on the way."
+    try: yield
+    except ODD as e: raise ValueError(f"{t.data}: not the files of {t.name} ({type(e).__name__}: {e}); give --data, --images and --key what this benchmark publishes") from e
+
 def trial(
     t: Trial, # what was asked for
     load: Callable[[], object], # gives the `Arm`; called when everything else holds
     say: Callable[[str], None] = lambda text: None, # told how far it is
 ) -> tuple[str, Result | None]: # a sentence about what was made, and the score if there is one
     "Put a benchmark to a model, and score it."
-    who = before(t, say)
+    with _official(t): who = before(t, say)
     text, result = benchmark(t.name, load(), t.data, t.out, images=t.images, key=[k for k in t.key if not k.endswith(".py")] or None, size=t.size, seed=t.seed, rewrite=t.rewrite, model=t.model, say=say)
     if t.name in exams() or who is None: return text, _told(t, result)
     out, items = Path(t.out), DRAWINGS[t.name].read(Path(t.data))
@@ -87,7 +94,7 @@ def trial(
     failed = {k for f in out.glob("failed-*.json") for k in load_json(f)}
     gone = [i for i in items if not all(f.is_file() for f in files(out / "images", i))]
     if left := [i for i in gone if i.id not in failed]: return f"this process is done; {len(left)} of {len(items)} items are left to others, and whoever finishes last asks the judge", None
-    paths, silent = judge_run(t.name, who, items, out / "images", out, beside(t.name, t.data, t.key) if t.name == "dpg" else None)
+    with _official(t): paths, silent = judge_run(t.name, who, items, out / "images", out, beside(t.name, t.data, t.key) if t.name == "dpg" else None)
     lost = [f"{len(gone)} items have no picture: {out}/failed-*.json says why"] * bool(gone) + [f"{len(silent)} pairs have no verdict, such as {silent[0]}" if silent else ""] * bool(silent)
     result = compute(plain(t.name), *paths)
     return f"pictures: {out / 'images'}\nverdicts: {paths[-1]}", _told(t, replace(result, faults=(*result.faults, *lost)), who)

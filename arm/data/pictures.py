@@ -35,7 +35,7 @@ def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image
         raise ValueError(f"{name} has {int(re.search(r'[0-9]+', str(e))[0]):,} pixels; at most {min(limit, 2*Image.MAX_IMAGE_PIXELS):,} are decoded: scale it down first") from e
     except OSError as e:
         if e.errno: raise ValueError(f"{name} cannot be read: {e.strerror}; choose a file that you may read") from e
-        raise ValueError(f"{name} is not a picture; give a whole file in a format such as PNG, JPEG, WebP, GIF, TIFF or BMP") from e
+        raise ValueError(f"{name} is not a picture in any format that is read here; give a whole file in a format such as PNG, JPEG, WebP, GIF, TIFF or BMP") from e
     size = im.ico.getimage(im.size).size if im.format == "ICO" else im.size  # an icon's own header can understate what lies in it
     _check_size(*size, limit, name)
     return im
@@ -43,11 +43,14 @@ def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image
 # %% ../../nbs/13_data.pictures.ipynb #73af3831
 def _to_bytes(im: Image.Image) -> Image.Image:
     "A picture of 16-bit, 32-bit or float levels as 8-bit grey."
-    levels = np.nan_to_num(np.asarray(im).astype(np.float64), nan=0, posinf=0, neginf=0)
+    levels = np.asarray(im).astype(np.float32 if im.mode == "F" or im.mode.startswith("I;16") else np.float64) # 16 bits and floats fit into 32
+    np.nan_to_num(levels, copy=False, nan=0, posinf=0, neginf=0)
     top = next((t for t in ((1, 255, 65_535) if im.mode == "F" else (65_535,)) if levels.max() <= t), levels.max())
     see_through = im.info.get("transparency")
     if isinstance(see_through, int): levels[levels == see_through] = top
-    return Image.fromarray((levels.clip(0, top)*(255/top)).round().astype(np.uint8))
+    np.clip(levels, 0, top, out=levels) # in place: a picture at the limit of pixels is large
+    levels *= 255/top
+    return Image.fromarray(levels.round(out=levels).astype(np.uint8))
 
 def to_rgb(im: Image.Image, # a Pillow picture of any mode
            ) -> Image.Image: # mode RGB, same size

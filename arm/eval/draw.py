@@ -83,7 +83,7 @@ def _save(work: Path) -> Save:
             if isinstance(thing, str): tmp.write_text(thing, encoding="utf-8")
             else: thing.save(tmp, "PNG")
             os.replace(tmp, path)
-        except OSError as e: raise RuntimeError(f"cannot write {path}: {e.strerror}; the run can go on once that is mended") from e
+        except OSError as e: raise ValueError(f"cannot write {path}: {e.strerror}; the run can go on once that is mended") from e
     return save
 
 # %% ../../nbs/57a_eval.draw.ipynb #c6a24ab1

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..core import atomic_write
 from ..data.pictures import open_picture
-from .bench import BENCH, Result, existing, interval, read_jsonl, read_text, spread
+from .bench import BENCH, Result, existing, interval, plain_name, read_jsonl, read_text, spread
 from .draw import Item, Layout
 
 # %% ../../nbs/57e_eval.gedit.ipynb #5ecac432
@@ -44,6 +44,7 @@ def read_prompts(
     items = []
     for n, r in enumerate(_rows(Path(path))):
         if not set(FIELDS) <= set(r) or r["task_type"] not in GROUPS: raise ValueError(f"{path}, row {n + 1}: task_type {r.get('task_type')!r}; rows need {', '.join(FIELDS)} and one of the eleven groups")
+        if not plain_name(str(r["key"])): raise ValueError(f"{path}, row {n + 1}: key {r['key']!r}; it names a file, so letters, digits, points, dashes and underscores only")
         if r["instruction_language"] == language: items.append(Item(f"{r['task_type']}/{language}/{r['key']}", r["instruction"], r["task_type"], r, r["input_image_raw"]))
     return items
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import atomic_write, load_json
 from .ask import SHORT, Exam
-from .bench import Result, check_file, interval, read_jsonl, spread
+from .bench import Result, check_file, interval, plain_name, read_jsonl, spread
 from .choice import LETTER, LETTERS, ask_options
 from .draw import Item
 
@@ -150,8 +150,9 @@ def mmmu_items(
         texts = ast.literal_eval(r["options"]) if isinstance(r["options"], str) else r["options"]
         options, choice = dict(zip(LETTERS, texts)), r["question_type"] == "multiple-choice"
         if not choice: r = {**r, "answer": _several(r["answer"])}
+        if not plain_name(subject := "_".join(r["id"].split("_")[1:-1])): raise ValueError(f"{data}: id {r['id']!r} names the subject {subject!r}, which becomes a folder; ids are split_Subject_number")
         picture = Path(images) / (r["image_1"] if isinstance(r.get("image_1"), str) else f"{r['id']}_1.png")
-        out.append(Item(r["id"], ask_options(r["question"], options, form) if choice else SHORT.format(question=r["question"]), "_".join(r["id"].split("_")[1:-1]), {**r, "options": options}, picture))
+        out.append(Item(r["id"], ask_options(r["question"], options, form) if choice else SHORT.format(question=r["question"]), subject, {**r, "options": options}, picture))
     return out
 
 def mmmu_write(

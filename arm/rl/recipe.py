@@ -91,6 +91,7 @@ def run_phase(
     *,
     every:int=50, # steps between checkpoints and sheets of samples
     precision:str="auto", # Lightning's name, see `pick_precision`
+    settings:dict|None=None, # noted in the folder once nothing is refused any more, see `same_settings`
 ) -> None:
     "One phase of GRPO from the model as it is; a model that plans goes on planning."
     stream, plan = mixed_items(judged_worlds(arm, worlds, cfg.rewards), cfg.n_prompts, cfg.seed, phase, cfg.updates), arm.card["plan"]
@@ -98,6 +99,7 @@ def run_phase(
                      rollout_dtype=torch.bfloat16 if pick_precision(precision).startswith("bf16") else None, plan=plan, words=cfg.words, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0)))
+    if settings: same_settings(out, settings, begin=True)
     fit(module, stream, cfg.steps, out, f"grpo {phase}", samples=show, every=every, precision=precision)
     arm.model.eval()
 
@@ -145,8 +147,7 @@ def train_grpo(
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
     same_settings(Path(out) / f"grpo-{phase}", entry)
-    same_settings(Path(out) / f"grpo-{phase}", entry, begin=True)
-    run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every)
+    run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every, settings=entry)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(rl=[*arm.card.get("rl", []), entry])
     arm.save_pretrained(done)
 

@@ -51,11 +51,8 @@ def save_renderer(
     return save_tensors(path, {f"{k}.{n}": v.to(dtype) for k, p in renderer.parts.items() for n, v in p.state_dict().items()}, facts)
 
 # %% ../../nbs/25b_tokenizer.renderfiles.ipynb #dfdcead8
-def load_renderer(
-    path:str|Path, # a file that `save_renderer` wrote
-    tokenizer:VisualTokenizer, # the one that it was trained on
-) -> Renderer: # ready to use, on the tokenizer's device
-    "Read a renderer; a foreign file or another tokenizer raises `ValueError`."
+def _renderer(path, tokenizer):
+    "As `load_renderer`; what the header says is used as it is."
     facts, tensors = load_metadata(path), load_tensors(path)
     kinds = {"latent": (Detokenizer, dict(vae=(VAE, VAEConfig), dit=(LatentDiT, DetokenizerConfig))), "feedforward": (FeedForward, dict(painter=(Painter, PainterConfig)))}
     if facts.get("kind") not in kinds: raise ValueError(f"{path}: no renderer (kind {facts.get('kind')!r}, expected one of {', '.join(kinds)}); give a file that save_renderer wrote")
@@ -68,6 +65,15 @@ def load_renderer(
     renderer = cls(tokenizer, **parts)
     renderer.steps, renderer.guidance, renderer.shift, renderer.can_guide = facts["steps"], facts["guidance"], facts.get("shift"), facts.get("can_guide", renderer.can_guide)
     return renderer
+
+def load_renderer(
+    path:str|Path, # a file that `save_renderer` wrote
+    tokenizer:VisualTokenizer, # the one that it was trained on
+) -> Renderer: # ready to use, on the tokenizer's device
+    "Read a renderer; a foreign file or another tokenizer raises `ValueError`."
+    try: return _renderer(path, tokenizer)
+    except ValueError: raise
+    except Exception as e: raise ValueError(f"{path}: no renderer ({type(e).__name__}: {e}); give a file that save_renderer wrote") from e # a stranger's header may hold anything
 
 def load_renderers(
     folder:str|Path, # with .safetensors files that `save_renderer` wrote; may be missing

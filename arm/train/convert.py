@@ -238,7 +238,7 @@ def check_shards(
 ) -> list[dict]: # per shard: name, samples that can be read, damaged (reason -> number), whether the file is as it was written
     "Read everything, as training would."
     shards, rows = Shards(folders), []
-    sums = {p.parent: {r["name"]: r["sha256"] for r in load_json(p.parent / "index.json")["shards"]} for p in shards.paths}
+    sums = {p.parent: {r["name"]: r.get("sha256") for r in load_json(p.parent / "index.json")["shards"]} for p in shards.paths}
     for s, path in enumerate(tqdm(shards.paths, desc="shards", disable=not progress, mininterval=2)):
         good, bad = 0, Counter()
         for kind in KINDS:

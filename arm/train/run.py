@@ -24,7 +24,7 @@ from ..tokenizer.model import TokenizerConfig, VisualTokenizer
 from ..tokenizer.renderfiles import digest
 from ..tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig, freeze
 from .arm import LitARM
-from .meanwhile import Line, Samples, WholeCheckpoints, quiet
+from .meanwhile import Line, Samples, WholeCheckpoints, quiet, uncut
 from .data import EmojiPictures, ShapesPictures, StepData, mixed_pictures
 from .pool import EmojiPool, Mixture, ShapesPool, mixed_tokens
 from .tokenizer import LitTeacher, LitTokenizer
@@ -101,8 +101,8 @@ def fit(
     trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator="auto" if torch.cuda.is_available() else "cpu", devices=devices, strategy=strategy, precision=precision, plugins=[WholeCheckpoints()],
         logger=CSVLogger(out, name="", version=f"log{starts or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=not quiet(), num_sanity_val_steps=0)
-    trainer.fit(module, datamodule=StepData(draw, n_steps, num_workers), ckpt_path=last if last.exists() else None, weights_only=True)
-    if module.global_step < n_steps: raise RuntimeError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
+    with uncut(): trainer.fit(module, datamodule=StepData(draw, n_steps, num_workers), ckpt_path=last if last.exists() else None, weights_only=True)
+    if module.global_step < n_steps: raise ValueError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
     return module
 
 # %% ../../nbs/43_train.run.ipynb #f39ecb69

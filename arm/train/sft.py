@@ -37,6 +37,7 @@ def train_sft(
 ) -> None:
     "Supervised fine-tuning (stage: ARM sec. 4, as reported; plans: ours); a broken-off run goes on from its checkpoint."
     start, done = Path(model) if model else DATA / "models" / "tiny", Path(out) / "model"
+    if every < 1: raise ValueError(f"every={every}: steps between checkpoints are at least 1")
     if not 0 <= plan <= 1: raise ValueError(f"plan={plan}: a share of documents lies between 0 and 1")
     unknown = [w for w in worlds if w not in ("shapes", "openmoji")]
     if unknown or not worlds: raise ValueError(f"worlds {worlds!r}: name one or both of shapes, openmoji")

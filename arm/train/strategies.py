@@ -30,6 +30,7 @@ from ..model.transformer import ARM
 from .arm import LitARM, muon
 from .cost import Sharding
 from .data import StepData, StepDataset, StepSampler
+from .meanwhile import uncut
 from .tokenizer import LitTokenizer, fair_mean
 
 # %% ../../nbs/48_train.strategies.ipynb #159c81d0
@@ -297,7 +298,7 @@ def fit_spread(
     path = out / load_json(last)["checkpoint"] if last.exists() else None
     if path and path.is_dir() != sharding.sharded:
         raise ValueError(f"{path} was written by a run that was {'' if path.is_dir() else 'not '}cut in pieces; go on with kind {'fsdp2 or tp' if path.is_dir() else 'single or ddp'}, or give another folder")
-    trainer.fit(module, datamodule=module.batches(draw, n_steps, accumulate, num_workers), ckpt_path=path, weights_only=True)
+    with uncut(): trainer.fit(module, datamodule=module.batches(draw, n_steps, accumulate, num_workers), ckpt_path=path, weights_only=True)
     if module.global_step < n_steps: raise RuntimeError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
     return module
 
