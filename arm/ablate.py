@@ -45,9 +45,9 @@ def ablate(variants: dict[str, object], # question in five words: config (a data
             row = done.get((name, seed, mark))
             if row is None:
                 row = {"variant": name, "seed": seed, "fingerprint": mark} | {k: float(v) for k, v in train(config, seed).items()}
-                _write(path, rows + [row] + [r for r in done.values() if r["variant"] in variants and r not in rows])
+                _write(path, rows + [row] + [r for r in done.values() if r not in rows])
             rows.append(row)
-    _write(path, rows)
+    _write(path, rows + [r for r in done.values() if r not in rows and (r["variant"] not in variants or r["seed"] not in seeds)]) # what was not asked for this time stays
     return rows
 
 # %% ../nbs/02_ablate.ipynb #4722aa32
@@ -81,15 +81,18 @@ def summarise(rows: list[dict], # as `ablate` returns them
               ) -> Table: # variant, runs, mean with deviation, difference to the first variant with its 95 % interval, verdict
     "Compare variants with the first one, paired by seed."
     names = list(dict.fromkeys(r["variant"] for r in rows))
-    if not any(metric in r for r in rows):
+    if not any(r.get(metric) is not None for r in rows):
         raise ValueError(f"no row holds {metric!r}; choose one of {', '.join(k for k in rows[0] if k not in ('variant', 'seed', 'fingerprint'))}" if rows else "there are 0 rows; run `ablate` first")
-    out, spread = [], interval([r[metric] for r in rows if r["variant"] == names[0]])[1]
+    found = {name: [r[metric] for r in rows if r["variant"] == name and r.get(metric) is not None] for name in names}
+    if not found[names[0]]: raise ValueError(f"the base {names[0]!r} has no {metric!r}; choose a number that it has, or put another variant first")
+    out, spread = [], interval(found[names[0]])[1]
     for name in names:
-        mean, sd, _ = interval([r[metric] for r in rows if r["variant"] == name])
+        if not found[name]: out.append([name, 0, None, None, "not measured"]); continue
+        mean, sd, _ = interval(found[name])
         delta, half = versus(rows, metric, name, names[0])
         real = half == half and abs(delta) > max(half, spread)
         verdict = "base" if name == names[0] else "none" if not real else "better" if (delta > 0) == higher_is_better else "worse"
-        out.append([name, sum(r["variant"] == name for r in rows), f"{mean:.{digits}f} ± {sd:.{digits}f}",
+        out.append([name, len(found[name]), f"{mean:.{digits}f} ± {sd:.{digits}f}",
                     "" if name == names[0] else f"{delta:+.{digits}f} ± {half:.{digits}f}", verdict])
     return table(out, ["variant", "runs", f"{metric} {'↑' if higher_is_better else '↓'} (mean ± sd)", "difference (95 %)", "verdict"])
 

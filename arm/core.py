@@ -24,8 +24,10 @@ from torch import Tensor, nn
 def stable_hash(*parts: str | int | float | bool | None | tuple, # the values that name something; order and type count
                 ) -> int: # in [0, 2**63), equal on every machine and in every process
     "A number that depends on the values alone (SHA-1 of their `repr`)."
-    for p in parts:
-        if not isinstance(p, (str, int, float, tuple, types.NoneType)):
+    waiting = list(parts)
+    for p in waiting:
+        if isinstance(p, tuple): waiting += p # what a tuple holds
+        elif not isinstance(p, (str, int, float, types.NoneType)):
             raise ValueError(f"cannot hash {type(p).__name__} {p!r} stably; pass strings, numbers or tuples of them")
     return int.from_bytes(hashlib.sha1(repr(parts).encode()).digest()[:8], "big") >> 1
 

@@ -121,9 +121,9 @@ def fit_to(model, # an `Arm`
            name: str, # of the file, for the note
            ): # the picture itself, with the codes that it may carry
     "Say on the error stream if the model will see the picture at another size."
-    from arm.data.pictures import fit_picture
-    from arm.model.tasks import noted_grids
-    note = fit_picture(picture, noted_grids(picture, model.card["grids"], model.patch), model.patch)[1]
+    from arm.data.pictures import fit_picture, noted_grids
+    from arm.model.tasks import NOTE
+    note = fit_picture(picture, noted_grids(picture.size, str(picture.info.get(NOTE, "")), model.card["grids"], model.patch), model.patch)[1]
     if note: print(f"note: {one_line(name)}: {note}", file=sys.stderr)
     return picture
 

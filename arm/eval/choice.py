@@ -155,10 +155,10 @@ def seed_score(
     keys = [k for k in ("image", "total", "video") if k in marks] + sorted((k for k in marks if "/" in k), key=lambda k: marks[k][0][2])
     values, fixed = ({k: sum(m[j] for m in marks[k]) / len(marks[k]) for k in keys} for j in (0, 1))
     lines = [f"{k.removeprefix('kind/')}: {values[k] * 100:.2f}%" for k in keys if "/" in k] + [f"{t} accuracy: {values[k] * 100:.2f}%" for t, k in (("Total", "total"), ("image", "image"), ("video", "video")) if k in marks]
-    lost, long = sum(str(q["question_id"]) not in said for q in data["questions"]), sum(v not in "ABCD" or len(v) != 1 for v in said.values())
-    faults = [f"{lost} of {len(data['questions'])} questions have no answer and count as wrong"] * bool(lost) + [f"{long} answers are more than a bare capital letter and count as wrong; the corrected value looks for a letter in them"] * bool(long)
+    gone, long = [q["data_type"] for q in data["questions"] if str(q["question_id"]) not in said], sum(v not in "ABCD" or len(v) != 1 for v in said.values())
+    faults = [f"{len(gone)} of {len(data['questions'])} questions have no answer and count as wrong{', all of them on videos' if set(gone) == {'video'} else ''}"] * bool(gone) + [f"{long} answers are more than a bare capital letter and count as wrong; the corrected value looks for a letter in them"] * bool(long)
     return Result(name="seed", protocol="LLaVA's script on SEED-Bench.json", values=values, lines=tuple(lines), intervals={k: interval({"": spread([m[0] for m in marks[k]])}) for k in keys},
-                  corrected={k: v for k, v in fixed.items() if v != values[k]}, faults=tuple(faults), complete=not lost)
+                  corrected={k: v for k, v in fixed.items() if v != values[k]}, faults=tuple(faults), complete="image" not in gone) # the headline is on pictures
 
 # %% ../../nbs/58a_eval.choice.ipynb #cf3d8094
 @torch.no_grad()
@@ -191,7 +191,8 @@ def choose_with(
         out = []
         for i in items:
             code, options = arm.encode([fit_picture(open_picture(i.source), arm.card["grids"], arm.patch)[0]]), i.meta["options"]
-            logps = answer_logps(arm, code * len(options), [i.meta["question"]] * len(options), list(options.values()))
+            if not options: raise ValueError(f"item {i.id} is an open question: there is nothing to choose from; let the model answer it in words")
+            logps = answer_logps(arm, code * len(options), ["\n".join(filter(None, [i.meta.get("hint"), i.meta["question"]]))] * len(options), list(options.values()))
             out.append(max(zip(options, logps), key=lambda x: x[1][0])[0])
         return out
     return ask

@@ -134,7 +134,8 @@ def read_detail(
         name = re.split(r"[/\\]", picture)[-1]
         texts, answers = out[name.split(".")[0]].setdefault((name, box), ([], []))
         texts.append(question); answers.append(answer)
-    return {k: list(v.values()) for k, v in out.items()}
+    place = lambda at: tuple(int(n) for n in re.findall(r"\d+", at[0][1])[1::-1]) # top and left of a tile: one that was judged later stands at the end of the file
+    return {k: [table for _, table in sorted(v.items(), key=place)] for k, v in out.items()}
 
 def _score(questions: dict, detail: dict, official: bool) -> tuple[dict, dict, list]:
     "Item -> score; category -> item -> answers; items that failed."

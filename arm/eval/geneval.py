@@ -104,6 +104,8 @@ def verdict(
     return not why, "\n".join(why)
 
 # %% ../../nbs/57b_eval.geneval.ipynb #218d8c53
+def _place(name): return Path(name).parts[-3:] # prompt, "samples", number: however the folder was named
+
 class Silent(Exception): "A judge without a verdict: the picture is left out, and asked about again next time."
 
 def judge(
@@ -114,21 +116,21 @@ def judge(
 ) -> Path: # the file written
     "Judge every picture of a GenEval folder."
     out, images = Path(out), Path(images)
-    rows = {r["filename"]: r for r in read_jsonl(out)} if out.exists() else {}
+    rows = {_place(r["filename"]): r for r in read_jsonl(out)} if out.exists() else {}
     folders = sorted(f for f in images.glob("*") if f.is_dir() and f.name.isdigit())
     if not folders: raise ValueError(f"{images}: no folders 00000, 00001, … in it; give the folder that holds them")
     try:
         for folder in folders:
             meta = json.loads(existing(folder / "metadata.jsonl", "GenEval's line of this prompt").read_text(encoding="utf-8"))
             for file in sorted(f for f in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", f.name)):
-                if str(file) in rows: continue
+                if _place(file) in rows: continue
                 image = open_picture(file)
                 if (found := detector(image)) is None: continue  # no verdict is no "wrong": left out, and asked again next time
                 objects = keep(found, meta["tag"])
                 try: ok, why = verdict(objects, meta, image, colour)
                 except Silent: continue
                 boxes = {c: [[*map(float, o[0][:4]), float(o[1])] for o in kept] for c, kept in objects.items()}
-                rows[str(file)] = dict(filename=str(file), tag=meta["tag"], prompt=meta["prompt"], correct=ok, reason=why, metadata=json.dumps(meta), details=json.dumps(boxes))
+                rows[_place(file)] = dict(filename=str(file), tag=meta["tag"], prompt=meta["prompt"], correct=ok, reason=why, metadata=json.dumps(meta), details=json.dumps(boxes))
                 write_jsonl(out, list(rows.values())) # after every picture: verdicts can cost money
     finally: write_jsonl(out, list(rows.values()))
     return out
@@ -170,13 +172,15 @@ def score(
     for t, v in tags.items(): lines.append(f"{t:<16} = {v:.2%} ({sum(bool(r['correct']) for r in rows if r['tag'] == t)} / {sum(r['tag'] == t for r in rows)})")
     lines.append(f"Overall score (avg. over tasks): {values['overall']:.5f}")
     fixed, faults = _repair(rows, tags, prompts)
+    each = {k: len({_place(r["filename"]) if "filename" in r else i for i, r in enumerate(rows) if r["metadata"] == k}) for k in prompts}
+    if few := sum(n < 4 for n in each.values()): faults.append(f"{few} prompts have fewer than four pictures with a verdict")
     return Result(name="geneval", protocol="GenEval, official summary; detector and prompt form as in the run's records", values=values, lines=tuple(lines), intervals=ranges,
-                  corrected={k: v for k, v in fixed.items() if v != values[k]}, faults=tuple(faults), complete=len(prompts) == PROMPTS and set(tags) == set(TAGS))
+                  corrected={k: v for k, v in fixed.items() if v != values[k]}, faults=tuple(faults), complete=len(prompts) == PROMPTS and set(tags) == set(TAGS) and not few)
 
 # %% ../../nbs/57b_eval.geneval.ipynb #244838e3
 def _repair(rows: list[dict], tags: dict, prompts: dict) -> tuple[dict[str, float], list[str]]:
     "Values with each picture once and each prompt alike, and what is odd about the file."
-    once = list({r.get("filename", i): r for i, r in enumerate(rows)}.values())
+    once = list({_place(r["filename"]) if "filename" in r else i: r for i, r in enumerate(rows)}.values())
     alike, faults = _total(once, True), []
     if len(once) < len(rows): faults.append(f"{len(rows) - len(once)} pictures stand in the file twice, and the official summary counts them twice")
     sizes = sorted({len(p) for p in prompts.values()})

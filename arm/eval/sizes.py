@@ -48,7 +48,7 @@ def read_any(
         for left in range(0, cols, 2):
             for k, part in enumerate(parse_batch(full[:, :, top * CELL:(top + 2) * CELL, left * CELL:(left + 2) * CELL])):
                 moved = tuple(replace(o, row=o.row + top, col=o.col + left) for o in part.objs)
-                faults = {(r + top, c + left): why for (r, c), why in part.faults.items()}
+                faults = {(r + top, c + left): f"row {r + top + 1}, column {c + left + 1}: {why.partition(': ')[2] or why}" for (r, c), why in part.faults.items()}
                 found[k] = replace(found[k], objs=(*found[k].objs, *moved), faults=found[k].faults | faults)
     return found
 

@@ -102,7 +102,7 @@ def pope_score(
 ) -> Result: # the headline is the mean F1 of the splits
     "POPE's five numbers, per split and as means."
     if not paths or len(paths) % 2: raise ValueError(f"{len(paths)} files; POPE is scored from pairs: ANSWERS LABELS, once per split")
-    values, fixed, lines, faults, parts = defaultdict(list), defaultdict(list), [], [], []
+    values, fixed, lines, faults, parts, whole = defaultdict(list), defaultdict(list), [], [], [], True
     for a, b in zip(paths[::2], paths[1::2]):
         split, rows, texts = _pope_pair(Path(a), Path(b))
         said, true = [read_pope(t) for t in texts], [r["label"] for r in rows]
@@ -115,12 +115,13 @@ def pope_score(
         changed = sum(x != y for x, y in zip(said, better))
         if changed: faults.append(f"{split}: {changed} answers read otherwise than a person would (capitals, marks, nope, empty)")
         if len(texts) != len(true): faults.append(f"{split}: {len(texts)} answers for {len(true)} labels; the official script drops the rest silently")
+        whole = whole and len(true) == len(texts) == 3000
         if len(true) != 3000: faults.append(f"{split}: {len(true)} questions, not 3000" + (" (the older release of POPE)" if len(true) == 2910 else ""))
         parts.append((split, [(r.get("image", i), s, t) for i, (r, s, t) in enumerate(zip(rows, said, true))]))
-    return _pope_result(values, fixed, lines, faults, parts)
+    return _pope_result(values, fixed, lines, faults, parts, whole)
 
 # %% ../../nbs/58_eval.yesno.ipynb #670a6c9f
-def _pope_result(values, fixed, lines, faults, parts) -> Result:
+def _pope_result(values, fixed, lines, faults, parts, whole) -> Result:
     "Means over splits, then each split."
     mean = lambda v: sum(v) / len(v)
     sure = lambda m, which: ratio_interval([[(image, *shares(m, s, t)) for image, s, t in rows] for _, rows in which])
@@ -129,7 +130,7 @@ def _pope_result(values, fixed, lines, faults, parts) -> Result:
     if any(v[0] != v[0] for v in keys.values()): faults.append("a ratio without items: the official script stops with a division by zero")
     return Result(name="pope", protocol=f"evaluate.py, {len(parts)} split(s): {', '.join(p[0] for p in parts)}", values={k: v[0] for k, v in keys.items()}, lines=tuple(lines),
                   intervals={k: v[2] for k, v in keys.items() if v[2]}, corrected={k: v[1] for k, v in keys.items() if abs(v[1] - v[0]) > 1e-9}, faults=tuple(faults),
-                  complete=len(parts) == 3 and not any("3000" in f or "silently" in f for f in faults))
+                  complete=sorted(p[0] for p in parts) == ["adversarial", "popular", "random"] and whole)
 
 # %% ../../nbs/58_eval.yesno.ipynb #cae07168
 MME_TASKS = {  # part -> task -> number of questions in the official files
@@ -180,11 +181,11 @@ def mme_score(
             if any(a[0] != b[0] for a, b in zip(rows[::2], rows[1::2])): faults.append(f"{task}: two neighbouring lines are about different pictures; acc+ pairs them all the same")
             if other == len(rows): faults.append(f"{task}: no answer can be read; the official script stops with an error")
         lines += [f"=========== {part.capitalize()} ===========", f"total score: {sum(scores.values())} ", *(f"\t {t}  score: {s}" for t, s in scores.items())]
+        if len(scores) < len(tasks): faults.append(f"{part}: no file for {', '.join(t for t in tasks if t not in scores)}; the official script needs them all")
         if not scores: continue
         values |= {part: sum(scores.values())} | {f"{part}/{t}": s for t, s in scores.items()}
         fixed[part] = sum(fixed[f"{part}/{t}"] for t in scores)
         sure |= {part: interval(groups, dict.fromkeys(groups, 1.), 200. * len(groups))} | {f"{part}/{t}": interval({t: g}, top=200.) for t, g in groups.items()}
-        if len(scores) < len(tasks): faults.append(f"{part}: no file for {', '.join(t for t in tasks if t not in scores)}; the official script needs them all")
     if not values: raise ValueError(f"{paths[0]}: none of the 14 task files is there, such as existence.txt; is it the right folder?")
     head = {k: values[k] for k in ("perception", "cognition") if k in values}
     return Result(name="mme", protocol="calculation.py", values=head | {"total": sum(head.values())} | values, lines=tuple(lines), intervals=sure,
