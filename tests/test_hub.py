@@ -113,7 +113,7 @@ def test_the_names_of_the_paper_s_model_hold_its_parameters():
 BROKEN = [(dict(model_type="mistral"), "model_type 'mistral'"), (dict(rope_parameters=None, rope_scaling=dict(rope_type="linear", factor=2.)), "rope scaling 'linear'"),
           (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "rope scaling"), (dict(use_sliding_window=True), "sliding-window"), (dict(layer_types=["sliding_attention"] * 2), "sliding-window"),
           (dict(head_dim=16), "head_dim 16"), (dict(quantization_config=dict(quant_method="awq")), "quantised"), (dict(vocab_size="61"), "vocab_size"), (dict(num_attention_heads=0), "num_attention_heads"),
-          (dict(vocab_size=62), "has shape"), (dict(num_hidden_layers=3), "lacks 12 of"), (dict(num_hidden_layers=1), "no place"), (dict(tie_word_embeddings=False), "lacks 1 of"), (dict(eos_token_id=99), "eos id 99"),
+          (dict(vocab_size=62), "has shape"), (dict(num_hidden_layers=3), "lacks 12 of"), (dict(num_hidden_layers=1), "no place"), (dict(tie_word_embeddings=False), "lacks 1 of"), (dict(eos_token_id=99), "end_id=99"),
           (dict(rms_norm_eps=-1.), "norm_eps"), (dict(num_key_value_heads=4), "has shape"), (dict(partial_rotary_factor=.5), "partial_rotary_factor")]
 
 

@@ -14,7 +14,6 @@ from ..core import config_to_dict, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL, render
 from .shapes import ShapesItems, judged_drawings, judged_edits, pictures, readings, shapes_items
-from .tokenizer import make_cases, score_tokenizer
 from ..model.tasks import Arm
 from ..train.downstream import CANVAS, Downstream, train_downstream
 from ..tokenizer.renderfiles import digest
@@ -60,11 +59,10 @@ def sweep(
 # %% ../../nbs/55a_eval.guidance.ipynb #3916fac4
 def guidance_score(
     n:int=240, # captions
-    cases:int=256, # held-out pictures of each kind for the tokenizer
-) -> Callable[[object], dict[str, float]]: # takes a module in training or a whole `Arm`
-    "The judge of the study of guidance: the sweep of a whole model; of a tokenizer what every study measures, since rows are shared."
-    items, cases = shapes_items(n, canvases=CANVAS), make_cases(cases)
-    return lambda what: sweep(what, items) if isinstance(what, Arm) else score_tokenizer(what.tokenizer, what.towers, what.text, cases, pool=what.pool)
+) -> Callable[[Arm], dict[str, float]]: # takes a whole model
+    "The judge of the study of guidance: the sweep."
+    items = shapes_items(n, canvases=CANVAS)
+    return lambda arm: sweep(arm, items)
 
 def _blind(variant):
     "The same variant, made of pixels."

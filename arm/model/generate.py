@@ -242,7 +242,7 @@ def text_steps(
         if i: decoder.feed(ids[:, i - 1])
         logits = decoder.hidden @ head
         ids[:, i] = torch.where(done, v.eos, draw(logits.float(), u[:, i], sampling))
-        done |= ids[:, i] >= v.text_size
+        done |= v.is_end(ids[:, i])
         yield ids[:, :i + 1]
         if done.all(): break
 
@@ -252,7 +252,7 @@ def until_end(
     keep_end: bool = False, # with the id that ended it
 ) -> list[list[int]]: # text ids of every row, up to what ended it
     "Rows of ids as answers."
-    return [row[:next((k + keep_end for k, t in enumerate(row) if t >= vocab.text_size), len(row))] for row in ids.tolist()]
+    return [row[:next((k + keep_end for k, t in enumerate(row) if vocab.is_end(t)), len(row))] for row in ids.tolist()]
 
 # %% ../../nbs/33_model.generate.ipynb #f012b7ab
 @torch.inference_mode()
@@ -297,5 +297,5 @@ def write_plans(
     "Let the model say in words what it is about to draw."
     seeds = plan_seeds(seed_list(seeds, len(prompts)))
     said = generate_text(model, [p.plan_ids(model.vocab) for p in prompts], max_new=max_new, sampling=sampling, seeds=seeds, dtype=dtype, batch_size=batch_size, keep_end=True)
-    ends = [row.pop() if row and row[-1] >= model.vocab.text_size else None for row in said]
+    ends = [row.pop() if row and model.vocab.is_end(row[-1]) else None for row in said]
     return [replace(p, plan=plan, plan_end=end) for p, plan, end in zip(prompts, said, ends)]

@@ -116,7 +116,7 @@ def gguf_config(
     return scaling | dict(model_type="llama", hidden_size=get("embedding_length"), num_hidden_layers=get("block_count"), num_attention_heads=get("attention.head_count"),
         num_key_value_heads=get("attention.head_count_kv"), intermediate_size=get("feed_forward_length"), vocab_size=g.tensors["token_embd.weight"][0][0],
         rope_theta=get("rope.freq_base") or 1e4, rms_norm_eps=get("attention.layer_norm_rms_epsilon"), tie_word_embeddings="output.weight" not in g.tensors,
-        head_dim=get("rope.dimension_count"))
+        head_dim=get("rope.dimension_count"), eos_token_id=g.facts.get("tokenizer.ggml.eos_token_id"))
 
 def gguf_tokenizer(
     g: Gguf, # its facts
@@ -140,7 +140,8 @@ def load_gguf(
 ) -> tuple[ARM, TextTokenizer]: # in eval mode
     "A text model in one file as ARM, with its vocabulary."
     g = read_gguf(path)
-    model = fill(empty_model(hub_config(gguf_config(g), growth, g.path), dtype), gguf_tensors(g), g.path)
+    asked = {} if eos is None else dict(eos_token_id=eos)
+    model = fill(empty_model(hub_config(gguf_config(g) | asked, growth, g.path), dtype), gguf_tensors(g), g.path)
     ids = [g.facts.get(f"tokenizer.ggml.{name}_token_id") if i is None else i for name, i in (("bos", bos), ("eos", eos))]
     grow(model, bos=ids[0], eos=ids[1], seed=growth.seed)
     return model, gguf_tokenizer(g)

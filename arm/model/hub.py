@@ -69,7 +69,9 @@ def hub_config(
     "A published configuration as ours."
     refuse_config(config, source)
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10_000.
-    fields = dict(dim=config["hidden_size"], n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"], ffn_dim=config["intermediate_size"],
+    end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else -1 if end is None or isinstance(end, list) else end
+    fields = dict(end_id=end, dim=config["hidden_size"], n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"], ffn_dim=config["intermediate_size"],
                   n_kv_head=config.get("num_key_value_heads") or config["num_attention_heads"], text_size=config["vocab_size"], rope_theta=theta,
                   norm_eps=config.get("rms_norm_eps", 1e-6), tie_text_head=config.get("tie_word_embeddings", False), qkv_bias=FAMILIES[config["model_type"]])
     try: return config_from_dict(ARMConfig, fields | {k: v for k, v in asdict(growth).items() if k != "seed"})

@@ -35,10 +35,11 @@ class ARMConfig:
     visual_groups: int = 1  # groups of bits that are predicted one after another; 1: one softmax over all codes
     visual_input: str = "linear" # embedding of a code: "linear" map of its bits, "table" (one row per value of each group), or "sum" of both
     visual_pos: bool = False # add row and column embeddings of the token and of the place that it predicts
+    end_id: int = -1        # text id with which the published text model ends; it ends a text here as well; -1: none
 
     head_dim = property(lambda self: self.dim // self.n_head, doc="K, width of a head.")
     codebook_size = property(lambda self: 2**self.n_bits, doc="Number of visual codes.")
-    vocab = property(lambda self: Vocab(self.text_size, self.codebook_size, self.max_side), doc="The id space.")
+    vocab = property(lambda self: Vocab(self.text_size, self.codebook_size, self.max_side, self.end_id), doc="The id space.")
 
     def __post_init__(self): check_config(self)
 
@@ -66,6 +67,7 @@ def check_config(
         raise ValueError(f"dim={cfg.dim} with n_head={cfg.n_head}; a head needs an even whole width. Choose dim as a multiple of {2 * cfg.n_head}.")
     if cfg.n_head % cfg.n_kv_head:
         raise ValueError(f"n_kv_head={cfg.n_kv_head} with n_head={cfg.n_head}; query heads share key heads evenly. Choose a divisor of {cfg.n_head}.")
+    if type(cfg.end_id) is not int or not -1 <= cfg.end_id < cfg.text_size: raise ValueError(f"end_id={cfg.end_id!r}; it is a text id in [0, {cfg.text_size}), or -1 for none.")
     if cfg.n_bits > 20: raise ValueError(f"n_bits={cfg.n_bits}; at most 20 (a million codes). Use fewer channels in the tokenizer.")
     if cfg.n_bits % cfg.visual_groups:
         raise ValueError(f"visual_groups={cfg.visual_groups} with n_bits={cfg.n_bits}; groups are equally long. Choose a divisor of {cfg.n_bits}.")

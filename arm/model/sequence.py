@@ -9,7 +9,7 @@ __all__ = ['BRANCHES', 'IGNORE', 'check_whole', 'Vocab', 'text_ids', 'image_ids'
 
 # %% ../../nbs/30_model.sequence.ipynb #94e97143
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class Vocab:
     text_size: int     # ids of the text tokenizer, [0, text_size)
     codebook_size: int # number of visual codes
     max_side: int = 64 # largest picture side in patches that a shape token can say
+    end: int = field(default=-1, repr=False) # a text id that ends a text as EOS does, as published weights have it; -1: none
     def __post_init__(self): check_whole(self, "text_size", "codebook_size", "max_side")
     eos = property(lambda self: self.text_size, doc="End of a text, an answer or a sequence.")
     boi = property(lambda self: self.text_size + 1, doc="Begin of image.")
@@ -44,6 +45,11 @@ class Vocab:
     n_legal_text = property(lambda self: self.text_size + 2, doc="Ids [0, n) that may follow in a text: text, EOS, BOI.")
     visual_offset = property(lambda self: self.n_text, doc="Id of visual code 0.")
     size = property(lambda self: self.n_text + self.codebook_size, doc="All ids.")
+    def is_end(self,
+        ids: Tensor | int # ids, any shape
+    ) -> Tensor | bool: # True at EOS, BOI, what lies beyond, and at the published end
+        "Which ids end a text?"
+        return (ids >= self.text_size) | (ids == self.end)
     def shape_id(self,
         n: int # picture side in patches, 1..max_side
     ) -> int: # id of the shape token that says it

@@ -51,8 +51,8 @@ class ArmBase:
     ):
         if model.cfg.codebook_size != tokenizer.fsq.codebook_size:
             raise ValueError(f"the transformer knows {model.cfg.codebook_size} codes, the tokenizer {tokenizer.fsq.codebook_size}; use a pair that was trained together")
-        if model.cfg.text_size != text.vocab_size:
-            raise ValueError(f"the transformer knows {model.cfg.text_size} words, the text tokenizer {text.vocab_size}; use a pair that was trained together")
+        if model.cfg.text_size < text.vocab_size: # Qwen2.5 has rows to spare
+            raise ValueError(f"the transformer has room for {model.cfg.text_size} words, the text tokenizer knows {text.vocab_size}; use a pair that was trained together")
         self.tokenizer, self.model, self.text = tokenizer.eval(), model.eval(), text
         self.card = dict(name="arm", grids=[[4, 4], [4, 6], [6, 4], [6, 6]], max_prompt=96, plan=False) | (card or {})
 

@@ -66,7 +66,7 @@ class SiglipTowers(nn.Module):
         path:str|Path, # folder or hub id of a SigLIP or SigLIP2 checkpoint with a fixed resolution
     ) -> "SiglipTowers": # in float32, ready to be frozen
         "Load real weights, such as google/siglip2-so400m-patch16-512."
-        return cls(model=SiglipModel.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True))
+        return cls(model=SiglipModel.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True).float()) # newer libraries load in the file's own precision
 
     def features(self,
         images:Tensor, # (B, 3, H, W) in [-1, 1], sides divisible by the patch
@@ -138,7 +138,7 @@ class CaptionReader(nn.Module):
         path:str|Path, # folder or hub id of a Qwen2.5 checkpoint
     ) -> "CaptionReader": # in float32
         "Load real weights, such as Qwen/Qwen2.5-0.5B."
-        return cls(model=Qwen2ForCausalLM.from_pretrained(path, use_safetensors=True))
+        return cls(model=Qwen2ForCausalLM.from_pretrained(path, use_safetensors=True).float())
 
     def forward(self,
         prefix:Tensor, # (B, N, dim) projected features

@@ -60,7 +60,7 @@ class NaflexTowers(SiglipTowers):
         path:str|Path, # folder or hub id of a NaFlex checkpoint
     ) -> "NaflexTowers": # in float32, ready to be frozen
         "Load real weights, such as google/siglip2-so400m-patch16-naflex."
-        return cls(model=Siglip2Model.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True))
+        return cls(model=Siglip2Model.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True).float())
 
     def hidden(self,
         images:Sequence[Tensor], # (3, H, W) each in [-1, 1]

@@ -43,12 +43,12 @@ def read_codes(
     f = BytesIO(raw)
     try:
         if np.lib.format.read_magic(f) != (1, 0): raise ValueError("unknown version")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+        shape, columns, dtype = np.lib.format.read_array_header_1_0(f)
         codes = np.frombuffer(raw, dtype, offset=f.tell()).astype(np.int64)
         if dtype.kind not in "ui" or len(shape) != 2 or shape[0] * shape[1] != len(codes) or not len(codes): raise ValueError(f"{dtype} of shape {shape}")
     except Exception as e: raise Damage("codes", str(e)) from None
     if codes.min() < 0 or codes.max() >= codebook_size: raise Damage("codes", f"{codes.min()} to {codes.max()}, beyond [0, {codebook_size})")
-    return torch.from_numpy(codes.reshape(shape))
+    return torch.from_numpy(np.ascontiguousarray(codes.reshape(shape, order="F" if columns else "C"))) # numpy.save keeps a transposed array column by column
 
 # %% ../../nbs/47a_train.shards.ipynb #ed177c73
 PICTURE = re.compile(r"(?:(\d{1,4})\.)?(png|jpe?g|webp|npy)")
@@ -219,7 +219,7 @@ class Shards:
         max_pixels:int=MAX_PIXELS, # larger pictures are refused by their header
         max_open:int=16, # shards that stay open
     ):
-        self.paths, self.samples, self.codebook_size, self.max_pixels, self.max_open, self.open = [], [], codebook_size, max_pixels, max_open, OrderedDict()
+        self.paths, self.samples, self.codebook_size, self.max_pixels, self.max_open, self.open, self.codes = [], [], codebook_size, max_pixels, max_open, OrderedDict(), {}
         for folder in map(Path, folders if isinstance(folders, (list, tuple)) else [folders]):
             if folder.is_dir() and not (folder / "index.json").exists(): raise ValueError(f"{folder} has no index.json; write one with: arm shards index {folder}")
             index = load_json(folder / "index.json")
@@ -227,6 +227,9 @@ class Shards:
             except (KeyError, TypeError, ValueError, AttributeError): rows = None
             if rows is None or index.get("format") != 1: raise ValueError(f"{folder / 'index.json'} is no index of shards; write it anew with: arm shards index {folder}")
             for path, n in rows: self.paths.append(path); self.samples.append(n)
+            made = index.get("made") if isinstance(index.get("made"), dict) else {}
+            if made.get("codes"): self.codes.setdefault(str(made["codes"]), folder)
+        if len(self.codes) > 1: raise ValueError(f"{' and '.join(map(str, self.codes.values()))} hold codes of different picture tokenizers, and a code means nothing without its own; convert them anew with one, or train on one of them")
 
     def __getstate__(self): return {**self.__dict__, "open": OrderedDict()} # a process that prepares batches opens its own files
 

@@ -41,7 +41,7 @@ class Split(nn.Module):
         sizes:tuple[int, ...], # rows of each part
     ):
         super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(stacked.in_features, n, bias=stacked.bias is not None) for n in sizes)
+        self.parts = nn.ModuleList(nn.Linear(stacked.in_features, n, bias=stacked.bias is not None, device="meta") for n in sizes) # their numbers come next
         for name, whole in stacked.named_parameters():
             for part, rows in zip(self.parts, whole.detach().split(sizes)): setattr(part, name, nn.Parameter(rows.clone()))
 
@@ -206,14 +206,16 @@ class SpreadData(StepData):
         num_workers:int=0, # processes that prepare batches ahead
     ):
         super().__init__(draw, n_steps, num_workers)
-        self.accumulate = accumulate
+        self.accumulate, self.drawn = accumulate, (None, [], 0)
 
     def piece(self, i:int, rank:int, world:int):
         "Piece i of the run; with accumulation also how many labels all pieces of its step have."
         k, (step, m) = self.accumulate, divmod(i, self.accumulate)
         if k == 1: return self.draw(step, rank, world)
-        pieces = [self.draw(step, rank * k + j, world * k) for j in range(k)]
-        return pieces[m], sum(map(labelled, pieces))
+        if self.drawn[0] != (step, rank, world): # the pieces of a step come one after another, and each needs to know of all
+            pieces = [self.draw(step, rank * k + j, world * k) for j in range(k)]
+            self.drawn = (step, rank, world), pieces, sum(map(labelled, pieces))
+        return self.drawn[1][m], self.drawn[2]
 
     def train_dataloader(self) -> DataLoader:
         "Processes of one tensor-parallel group see the same batch."

@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from statistics import fmean, pstdev
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
@@ -248,6 +249,15 @@ class Documents:
     ) -> float: # mean length
         "How long documents are: rows of T tokens hold about T / mean of them."
         return sum(len(s.input_ids) for s in self.documents(list(range(n)))) / n
+
+    def that_fit(self,
+        row:int, # tokens of a packed row
+        n:int=256, # documents to look at
+    ) -> int: # at least 1
+        "As many documents as nearly every row has room for: mean and two deviations of their sum fit (one row in forty does not)."
+        sizes = [len(s.input_ids) for s in self.documents(list(range(n)))]
+        m, sd = fmean(sizes), pstdev(sizes)
+        return max(1, int(((sd * sd + m * row) ** .5 - sd) ** 2 / m ** 2)) # the root of k m + 2 sd sqrt(k) = row
 
 # %% ../../nbs/47c_train.stream.ipynb #d25eb9a3
 class ShardedTokens(Documents):
