@@ -19,7 +19,6 @@ from ..data.pictures import fit_picture, open_picture
 from ..data.text import TextTokenizer
 from ..model.hub import Growth
 from ..model.sequence import ImagePrompt
-from ..model.tasks import Arm
 from ..model.transformer import ARMConfig
 from .grpo import grpo_config
 from .judge import Judge, JudgeConfig, judge_edits, judge_images, judge_summary
@@ -28,6 +27,7 @@ from .rewards import Reward
 from .rubrics import Judgement, judge_rewards
 from .spread import SpreadGRPO
 from ..tokenizer.model import VisualTokenizer
+from ..train.borrowed import load_painter
 from ..train.cost import Row, Sharding, memory, parameter_counts
 from ..train.launch import keep_model, read_start
 from ..train.place import place, seats
@@ -128,7 +128,7 @@ class JudgedItems:
         return Item(task, ImagePrompt(self.text.encode(words), grid, codes), partial(self.ask, words=words, before=before), words, seed, slow=True)
 
 # %% ../../nbs/64a_rl.launch.ipynb #72bfbfe3
-RL_NUMBERS = dict(base=("runs/sft/model", "reported: the stage before"), painter=("models/painter", "ours: folder of the picture tokenizer that the codes are made with"),
+RL_NUMBERS = dict(base=("runs/sft/model", "reported: the stage before"), painter=("runs/codes/codes,models/siglip2", "ours: what `arm train codes` left, and the towers that it reads"),
     steps=(0, "reported: 280 (t2i), 100 (edit), 200 (joint); 0 takes the phase's"), prompts=("data/rl/prompts.jsonl", "ours: JSON lines"),
     judge=("", "reported: a vision-language model; give its address"), judge_model=("", "ours"), side=(64, "reported: 1,024 px; patches of 16 px"),
     gpus=(80, "ours; reported: 80 for fine-tuning"), n_prompts=(80, "ours: one group per GPU"), num_generations=(8, "ours"), lr=(1e-6, "ours"), beta=(.04, "ours, as DeepSeekMath; reported: a KL term"),
@@ -201,7 +201,7 @@ def train_rl(
     base:str="", # model folder of the stage before
     *,
     phase:str="t2i", # "t2i", "edit" or "joint"
-    painter:str="", # model folder with the picture tokenizer; empty: the shipped one
+    painter:str="", # model folder with the picture tokenizer, or CODES,TOWERS, see `load_painter`; empty: the shipped one
     prompts:str="shapes", # file of JSON lines, or "shapes", which needs no judge
     judge:str="", # address of a judge with an OpenAI-compatible interface, up to /v1
     judge_model:str="", # its name there
@@ -247,7 +247,7 @@ def train_rl(
     settings = dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta,
                                updates=updates, seed=seed, bf16=bf16, **{k: v for k, v in (("loss", loss), ("rewards", rewards), ("judge_options", {k: v for k, v in (judge_options or {}).items() if k not in HOW_ASKED})) if v})
     if same_settings(out, settings, done="model"): return
-    (cfg, read), tokenizer = read_start(base, Growth()), Arm.from_pretrained(painter or DATA / "models" / "tiny").tokenizer
+    (cfg, read), tokenizer = read_start(base, Growth()), load_painter(painter or DATA / "models" / "tiny")
     if 2**cfg.n_bits != tokenizer.fsq.codebook_size: raise ValueError(f"painter={painter!r} has {tokenizer.fsq.codebook_size} codes, {base} {2**cfg.n_bits}; take the tokenizer that the model was trained with")
     items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts", judge_options, out / f"judge-{here.rank}.json", rewards)
     module = SpreadGRPO(shapes_of(cfg), tokenizer, grpo, steps, lr, updates=updates, part_rows=part_rows, rollout_dtype=torch.bfloat16 if bf16 else None)

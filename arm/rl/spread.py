@@ -127,6 +127,10 @@ class SpreadGRPO(GRPOPieces):
         "As the loop's, with the documents of this process's group."
         at = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or dict(zip(("rank", "num_replicas"), processes(self)))
         docs = self.replay(self.global_step, at["rank"], at["num_replicas"])
+        if self.sharding.sharded: # each pass gathers the blocks, so all have to make as many
+            most, least = (torch.tensor(s * len(docs), device=self.device) for s in (1, -1))
+            for n in (most, least): dist.all_reduce(n, op=dist.ReduceOp.MAX)
+            if most != -least: raise ValueError(f"replay comes in {-int(least)} to {int(most)} parts, and each process must have as many; give it parts=1, or a multiple of the groups of processes")
         loss, _ = self.model.loss([d.to(self.device) for d in docs])
         return fair_mean(self, loss, labelled(docs)), loss.detach()
 

@@ -24,6 +24,7 @@ from ..model.packing import within_documents
 from ..model.sequence import Batch, Sample, Vocab, pack
 from ..model.tasks import Arm
 from ..model.transformer import ARM, ARMConfig
+from .borrowed import load_painter
 from .cost import Sharding, parameter_counts
 from .place import place, seats
 from .plan import FREE, GPUS, STAGES, describe, step_time
@@ -77,7 +78,7 @@ def packed_rows(
 POOL_TASKS = dict(text="text", i2t="qa", t2i="t2i", edit="edit", video="chain", web="chain") # kinds of data -> tasks of the shapes world
 
 def shapes_documents(
-    painter:str|Path, # model folder whose picture tokenizer makes the codes
+    painter:str|Path, # whose picture tokenizer makes the codes, see `load_painter`
     words:TextTokenizer, # words to ids
     vocab:Vocab, # id space
     drop:float, # probability that a condition is left out
@@ -85,7 +86,7 @@ def shapes_documents(
     scenes:int=64, # in the pool
 ) -> Callable[[Random, str], Sample]:
     "Documents of the shapes world, for trial runs."
-    pool = ShapesPool(Arm.from_pretrained(painter).tokenizer, words, scenes, seed, n_captions=1, progress=not quiet())
+    pool = ShapesPool(load_painter(painter), words, scenes, seed, n_captions=1, progress=not quiet())
     def document(rng, kind):
         if kind not in POOL_TASKS: raise ValueError(f"mixture names {kind!r}; the kinds are {', '.join(POOL_TASKS)}")
         return pool.sample(POOL_TASKS[kind], rng, vocab, drop)

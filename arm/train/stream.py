@@ -244,21 +244,6 @@ class Documents:
             waiting = {n: places for n, places in waiting.items() if n not in done}
         return [done[n] for n in numbers]
 
-    def mean_tokens(self,
-        n:int=64, # documents to look at
-    ) -> float: # mean length
-        "How long documents are: rows of T tokens hold about T / mean of them."
-        return sum(len(s.input_ids) for s in self.documents(list(range(n)))) / n
-
-    def that_fit(self,
-        row:int, # tokens of a packed row
-        n:int=256, # documents to look at
-    ) -> int: # at least 1
-        "As many documents as nearly every row has room for: mean and two deviations of their sum fit (one row in forty does not)."
-        sizes = [len(s.input_ids) for s in self.documents(list(range(n)))]
-        m, sd = fmean(sizes), pstdev(sizes)
-        return max(1, int(((sd * sd + m * row) ** .5 - sd) ** 2 / m ** 2)) # the root of k m + 2 sd sqrt(k) = row
-
 # %% ../../nbs/47c_train.stream.ipynb #d25eb9a3
 class ShardedTokens(Documents):
     "Batches by step, from shards: what `StepData` takes."
@@ -279,6 +264,21 @@ class ShardedTokens(Documents):
         if batch_size < 1 or parts < 1: raise ValueError(f"batch_size={batch_size}, parts={parts}: each must be at least 1")
         super().__init__(sources, vocab, text, seed=seed, encode=encode, drop=drop, max_tokens=max_tokens, log=log)
         self.batch_size, self.parts, self.multiple = batch_size, parts, multiple
+
+    def mean_tokens(self,
+        n:int=64, # documents to look at
+    ) -> float: # mean length
+        "How long documents are: rows of T tokens hold about T / mean of them."
+        return sum(len(s.input_ids) for s in self.documents(list(range(n)))) / n
+
+    def that_fit(self,
+        row:int, # tokens of a packed row
+        n:int=256, # documents to look at
+    ) -> int: # at least 1
+        "As many documents as nearly every row has room for: mean and two deviations of their sum fit (one row in forty does not)."
+        sizes = [len(s.input_ids) for s in self.documents(list(range(n)))]
+        m, sd = fmean(sizes), pstdev(sizes)
+        return max(1, int(((sd * sd + m * row) ** .5 - sd) ** 2 / m ** 2)) # the root of k m + 2 sd sqrt(k) = row
 
     def __call__(self,
         step:int, # of the run
