@@ -1689,7 +1689,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'arm/train/downstream.py'),
                                       'arm.train.downstream.Sighted.encode': ( 'train.downstream.html#sighted.encode',
                                                                                'arm/train/downstream.py'),
-                                      'arm.train.downstream._learned': ('train.downstream.html#_learned', 'arm/train/downstream.py'),
+                                      'arm.train.downstream._alone': ('train.downstream.html#_alone', 'arm/train/downstream.py'),
                                       'arm.train.downstream.refine': ('train.downstream.html#refine', 'arm/train/downstream.py'),
                                       'arm.train.downstream.row_arm': ('train.downstream.html#row_arm', 'arm/train/downstream.py'),
                                       'arm.train.downstream.train_downstream': ( 'train.downstream.html#train_downstream',

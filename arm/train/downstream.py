@@ -142,13 +142,15 @@ def train_downstream(
     return row
 
 # %% ../../nbs/45b_train.downstream.ipynb #530b61be
-def _learned(name):
-    "The variants of a tokenizer study, each with a transformer."
-    return {k: Downstream(variant=v) for k, v in STUDIES[name].variants.items()}
+def _alone(variant):
+    "The same bits and the same quantizer, for codes that see their own patch alone."
+    return replace(variant, tokenizer=replace(variant.tokenizer, source="patch", down_dim=512, down_layer=0))
 
 DOWNSTREAM_STUDIES:dict[str, Study] = {
     "downstream": Study(question="Which codes can a transformer edit with and compose with: is it locality that decides?", row=train_downstream, scored_by="downstream",
-                        variants={k: d for k, d in _learned("designs").items() if k != "features, no blocks"}),
-    "downstream-bits": Study(question="How many bits per token can a small transformer predict?", row=train_downstream, scored_by="downstream", variants=_learned("bits")),
-    "downstream-quantizers": Study(question="At equal bits, whose codes does a transformer draw from best?", row=train_downstream, scored_by="downstream", variants=_learned("quantizers")),
+                        variants={k: Downstream(variant=v) for k, v in STUDIES["designs"].variants.items() if k != "features, no blocks"}),
+    "downstream-bits": Study(question="How many bits per token can a small transformer predict?", row=train_downstream, scored_by="downstream",
+                             variants={k: Downstream(variant=_alone(v)) for k, v in STUDIES["bits"].variants.items()}),
+    "downstream-quantizers": Study(question="At equal bits, whose codes does a transformer draw from best?", row=train_downstream, scored_by="downstream",
+                                   variants={k: Downstream(variant=_alone(STUDIES["quantizers"].variants[k])) for k in ("our FSQ", "fsq_4", "bsq_loud", "vq", "rvq")}),
 }
