@@ -1865,6 +1865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'arm.train.shards.Shards.places': ('train.shards.html#shards.places', 'arm/train/shards.py'),
                                   'arm.train.shards.Shards.read': ('train.shards.html#shards.read', 'arm/train/shards.py'),
                                   'arm.train.shards._crc': ('train.shards.html#_crc', 'arm/train/shards.py'),
+                                  'arm.train.shards._listed': ('train.shards.html#_listed', 'arm/train/shards.py'),
                                   'arm.train.shards._texts': ('train.shards.html#_texts', 'arm/train/shards.py'),
                                   'arm.train.shards.file_sum': ('train.shards.html#file_sum', 'arm/train/shards.py'),
                                   'arm.train.shards.index_shards': ('train.shards.html#index_shards', 'arm/train/shards.py'),

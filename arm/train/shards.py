@@ -209,6 +209,19 @@ def index_shards(
     save_json(Path(folder) / "index.json", index)
     return index
 
+# %% ../../nbs/47a_train.shards.ipynb #db1393ad
+def _listed(
+    folder:Path, # of shards
+) -> tuple[list[tuple[Path, dict[str, int]]], str]: # shards with their numbers of samples by kind; whose codes they hold, "" for pictures
+    "What a folder's index says."
+    if folder.is_dir() and not (folder / "index.json").exists(): raise ValueError(f"{folder} has no index.json; write one with: arm shards index {folder}")
+    index = load_json(folder / "index.json")
+    try: rows = [(folder / row["name"], {k: int(n) for k, n in row["samples"].items()}) for row in index["shards"]]
+    except (KeyError, TypeError, ValueError, AttributeError): rows = None
+    if rows is None or index.get("format") != 1: raise ValueError(f"{folder / 'index.json'} is no index of shards; write it anew with: arm shards index {folder}")
+    made = index.get("made")
+    return rows, str(made.get("codes") or "") if isinstance(made, dict) else ""
+
 # %% ../../nbs/47a_train.shards.ipynb #0fc703e8
 class Shards:
     "Samples in tar files, by kind and number."
@@ -221,14 +234,9 @@ class Shards:
     ):
         self.paths, self.samples, self.codebook_size, self.max_pixels, self.max_open, self.open, self.codes = [], [], codebook_size, max_pixels, max_open, OrderedDict(), {}
         for folder in map(Path, folders if isinstance(folders, (list, tuple)) else [folders]):
-            if folder.is_dir() and not (folder / "index.json").exists(): raise ValueError(f"{folder} has no index.json; write one with: arm shards index {folder}")
-            index = load_json(folder / "index.json")
-            try: rows = [(folder / row["name"], {k: int(n) for k, n in row["samples"].items()}) for row in index["shards"]]
-            except (KeyError, TypeError, ValueError, AttributeError): rows = None
-            if rows is None or index.get("format") != 1: raise ValueError(f"{folder / 'index.json'} is no index of shards; write it anew with: arm shards index {folder}")
+            rows, codes = _listed(folder)
             for path, n in rows: self.paths.append(path); self.samples.append(n)
-            made = index.get("made") if isinstance(index.get("made"), dict) else {}
-            if made.get("codes"): self.codes.setdefault(str(made["codes"]), folder)
+            if codes: self.codes.setdefault(codes, folder)
         if len(self.codes) > 1: raise ValueError(f"{' and '.join(map(str, self.codes.values()))} hold codes of different picture tokenizers, and a code means nothing without its own; convert them anew with one, or train on one of them")
 
     def __getstate__(self): return {**self.__dict__, "open": OrderedDict()} # a process that prepares batches opens its own files
