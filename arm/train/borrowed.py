@@ -161,6 +161,6 @@ def load_painter(
 ) -> VisualTokenizer: # in evaluation mode
     "A picture tokenizer, wherever it lies."
     folder, _, siglip = str(name).partition(",")
-    if not (Path(folder) / "tokenizer.json").is_file(): return Arm.from_pretrained(folder).tokenizer
+    if (Path(name) / "config.json").is_file() or not (Path(folder) / "tokenizer.json").is_file(): return Arm.from_pretrained(name).tokenizer
     if not siglip: raise ValueError(f"painter={str(name)!r}: codes of `arm train codes` are made of features; add the folder of the towers after a comma")
     return load_codes(folder.strip(), siglip.strip())
