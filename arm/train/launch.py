@@ -123,7 +123,9 @@ def shard_rows(
     from arm.train.shards import Shards
     from arm.train.stream import ShardedTokens, stage_sources
     see = lambda pictures: [c.view(*g) for c, g in arm.encode([fit_picture(p, arm.card["grids"], arm.patch)[0] for p in pictures])]
-    held = {task: Shards(of, codebook_size=vocab.codebook_size) for task, of in by_task(folders).items()}
+    told = by_task(folders)
+    Shards([f for of in told.values() for f in of]) # all together: they must hold codes of one tokenizer
+    held = {task: Shards(of, codebook_size=vocab.codebook_size) for task, of in told.items()}
     stream = ShardedTokens(stage_sources(mixture, {task: held[task] if task in held else held.get("") for task in mixture}), vocab, words, shares, seed=seed,
                            encode=see if arm else None, drop=drop, parts=rows // shares, max_tokens=row, multiple=row, log=log) # one length: what is compiled is compiled once
     stream.batch_size = max(shares, rows * stream.that_fit(row))
