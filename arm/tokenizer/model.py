@@ -201,7 +201,7 @@ class VisualTokenizer(nn.Module):
         cfg:TokenizerConfig, # sizes
     ):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.alone = cfg, cfg.source == "patch" and not cfg.down_layer # alone: a code is made of its own patch only
         self.fsq, self.down, self.up = FSQ(cfg.levels), (FactoredProjection if cfg.factored else StagedProjection if cfg.stages else DownProjection)(cfg), UpProjection(cfg)
         self.to_features, self.to_reader = nn.Linear(cfg.up_dim, cfg.feature_dim), nn.Linear(cfg.up_dim, cfg.reader_dim)
         self.decoder = PixelDiT(cfg.decoder, cfg.up_dim)

@@ -37,7 +37,7 @@ def encode_images(
     "Encode many pictures of one size; where a code depends on its patch alone, equal patches are encoded once."
     cfg, out, device = tokenizer.cfg, [], device_of(tokenizer)
     for some in images.split(batch_size):
-        if cfg.source != "patch" or cfg.down_layer: out.append(tokenizer.encode(to_float(some).to(device)).cpu()); continue
+        if not tokenizer.alone: out.append(tokenizer.encode(to_float(some).to(device)).cpu()); continue
         p = patchify(some, cfg.patch_size).flatten(0, 1) # (n, 3·patch·patch)
         where = {} # content of a patch -> its number among the different ones
         number = torch.tensor([where.setdefault(row.tobytes(), len(where)) for row in p.numpy()])
