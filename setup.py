@@ -8,7 +8,7 @@ settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(here/"settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 readme = here/"README.md"
-flux, data, parquet, app = (cfg[f"{k}_requirements"].split() for k in ("flux", "data", "parquet", "app"))
+flux, data, parquet, app, peers = (cfg[f"{k}_requirements"].split() for k in ("flux", "data", "parquet", "app", "peers"))
 
 setup(
     name=cfg["lib_name"],
@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=["arm", "arm.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"flux": flux, "data": data, "parquet": parquet, "app": app, "dev": cfg["dev_requirements"].split() + flux + data + app},  # the tests paint with tiny random painters, write shards and visit the demo
+    extras_require={"flux": flux, "data": data, "parquet": parquet, "app": app, "peers": peers,  # libraries that tests compare with
+                    "dev": cfg["dev_requirements"].split() + flux + data + parquet + app},  # the tests paint with tiny random painters, write shards, read tables and visit the demo
     entry_points={"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": cfg["lmms_models"].split()},  # lmms-eval finds the model by itself
     zip_safe=False,
 )

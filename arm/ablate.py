@@ -6,7 +6,7 @@
 __all__ = ['ablate', 'interval', 'versus', 'summarise', 'overview', 'judge_claims']
 
 # %% ../nbs/02_ablate.ipynb #e6bce87b
-import csv, io, statistics
+import csv, io, math, statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,10 +52,11 @@ def ablate(variants: dict[str, object], # question in five words: config (a data
 
 # %% ../nbs/02_ablate.ipynb #4722aa32
 def interval(values: list[float], # one measured number per seed
-             ) -> tuple[float, float, float]: # mean, standard deviation, half width of the 95 % interval; the last two NaN for one value
+             ) -> tuple[float, float, float]: # mean, standard deviation, half width of the 95 % interval; the last two NaN for one value, all of them if a value is not finite
     "Mean, spread and 95 % interval of a few runs (Student's t)."
     values = [float(v) for v in values]
     if not values: raise ValueError("there are 0 values; an interval needs at least one: check which runs were selected")
+    if not all(map(math.isfinite, values)): return (float("nan"),) * 3 # a run has diverged
     n, mean = len(values), statistics.fmean(values)
     if n == 1: return mean, float("nan"), float("nan")
     sd = statistics.stdev(values)

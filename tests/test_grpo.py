@@ -12,7 +12,7 @@ from arm.core import make_generator
 from arm.rl.grpo import GRPOConfig, denominator, group_advantages, grpo_loss
 
 G, B, T, LONGEST = 4, 8, 6, 9
-NO_TRL = "TRL is not installed: pip install trl==1.16.0 compares the loss with its GRPOTrainer"
+NO_TRL = "TRL is not installed; `make test-peers` installs it, and compares the loss with its GRPOTrainer"
 
 
 def batch(seed: int) -> dict:

@@ -10,7 +10,7 @@ ONLY_IN = {  # library: the modules that may import it, as patterns
     "lightning": r"arm\.train\..*|arm\.rl\.loop",
     "pytorch_lightning": r"-",
     "matplotlib": r"arm\.show",
-    "transformers": r"arm\.tokenizer\.siglip|arm\.tokenizer\.towers|arm\.data\.text|arm\.model\.hub|arm\.app\.speed",
+    "transformers": r"arm\.tokenizer\.siglip|arm\.tokenizer\.towers|arm\.data\.text|arm\.app\.speed",
     "diffusers": r"arm\.tokenizer\.flux",
     "gradio": r"arm\.app\.app",
     "IPython": r"-",

@@ -126,7 +126,7 @@ def test_one_batch_of_fewer_rows_than_a_piece_and_none():
 
 @pytest.mark.parametrize("levels", [(2,) * 16, (4,) * 8, (8, 8, 8, 5, 5, 5), (3, 2, 7)])
 def test_codes_are_those_of_the_known_library(levels):
-    library = pytest.importorskip("vector_quantize_pytorch", reason="needs the extra vector-quantize-pytorch")
+    library = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed; `make test-peers` installs it")
     z = latents(2000, len(levels), "library")[None] * 2
     pairs = [(PlainFSQ(levels), library.FSQ(levels=list(levels), preserve_symmetry=True))]
     if 2 not in levels: pairs.append((TextbookFSQ(levels), library.FSQ(levels=list(levels)))) # it refuses two levels without symmetry

@@ -114,7 +114,7 @@ def test_missing_parts_are_said(tmp_path):
 BROKEN = {  # what metrics.csv holds: what the page says
     "binary": (bytes(range(256))*50, "could not be read|no column"), "empty": (b"", "no column"), "header": (b"epoch,step,loss\n", "No curve"),
     "torn": (b"epoch,step,loss\n0,9,4.0\n0,19,3.0\n0,29", "1 of 3 lines could not be read"), "words": (b"epoch,step,loss\n0,nine,4.0\n0,19,3.0\n", "1 of 2 lines"),
-    "nan": (b"step,loss\n1,nan\n2,inf\n3,-inf\n4,1.0\n", "3 values are not finite"), "huge": (b"step,loss\n1,1e308\n2,-1e308\n3,1e-320\n4,0\n", "too few"),
+    "nan": (b"step,loss\n1,nan\n2,inf\n3,-inf\n4,1.0\n", "3 values are not finite and left out"), "huge": (b"step,loss\n1,1e308\n2,-1e308\n3,1e-320\n4,0\n", "too few"),
     "step": (b"step,loss\n1e400,1\n-5,1\n99999999999999999999,2\n", "3 of 3 lines"), "nul": (b"step,loss\n1,\x002\n2,3\n", "1 of 2 lines"),
     "quotes": (b'step,loss\n"1,2\n3,4\n', "lines could not be read"), "wide": (b"step,loss\n1,2,3,4,5\n2,1\n", "1 of 2 lines"), "long": (b"step," + b"x"*200_000 + b"\n1,2\n", "cannot be read")}
 

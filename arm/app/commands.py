@@ -106,12 +106,13 @@ def _add_plan(command):
 def _recipe(args):
     out = writable(args.out, kind="folder")
     from arm.rl.recipe import grpo_recipe
-    print(f"done: {grpo_recipe(str(out), str(args.model), steps=args.steps, words=args.words, seed=args.seed)}")
+    print(f"done: {grpo_recipe(str(out), str(args.model), steps=args.steps, words=args.words, seed=args.seed, worlds=tuple(args.worlds))}")
 
 def _add_recipe(command):
-    p = command("recipe", _recipe, "reinforcement learning in three phases: text to image, edits, both", ["", "--steps 100 --out runs/try"])
+    p = command("recipe", _recipe, "reinforcement learning in three phases: text to image, edits, both", ["", "--steps 100 --out runs/try", "--worlds shapes openmoji --words --model runs/sft/model"])
     p.add_argument("--model", default=str(START), metavar="DIR", help="model folder to start from (default: data/models/tiny)")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="same seed, same result (default 0)")
+    p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=["shapes"], help="where prompts come from (default shapes)")
     p.add_argument("--words", action="store_true", help="learn from the words before a picture, too; each drawing has its own")
     p.add_argument("--out", default="runs/recipe", metavar="DIR", help="folder of the run; the model lands in DIR/joint/model (default runs/recipe)")
     p.add_argument("--steps", type=number(int, 1, 10**7), default=480, metavar="N", help="updates of each phase (default 480)")

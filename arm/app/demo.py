@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CREDIT', 'INTRO', 'judge_emoji', 'emoji_reading', 'emoji_drawing', 'shape_reading', 'shape_drawing',
-           'before_and_after', 'demo_report', 'run_demo']
+           'of_one_tokenizer', 'before_and_after', 'demo_report', 'run_demo']
 
 # %% ../../nbs/91_app.demo.ipynb #72c20dc4
 from collections.abc import Callable
@@ -150,13 +150,19 @@ CREDIT = ("Emoji: OpenMoji, the open-source emoji and icon project, https://open
 INTRO = ("One model of discrete tokens reconstructs, describes, generates and edits pictures that were held out of its training. The cases are drawn by a seed, and all are shown. "
          "Decoding is greedy where nothing else is said.")
 
+def of_one_tokenizer(before: Arm, # one model
+                     after: Arm, # another
+                     ) -> None:
+    "Refuse models whose codes are not the same pictures."
+    if fingerprint(before.tokenizer) != fingerprint(after.tokenizer): raise ValueError(f"--before: {before.card['name']} has another tokenizer than {after.card['name']}, so their codes are not the same pictures; compare models of one tokenizer")
+
 def before_and_after(before: Arm, # the model that training went on from
                      after: Arm, # what became of it; the same tokenizer
                      rng: Random, # chooses captions and instructions
                      seed: int = 0, # of the draws at temperature 1, the same for both
                      ) -> list[Section]: # drawings; edits
     "What further training changed: both models on the same held-out requests, judged alike."
-    if fingerprint(before.tokenizer) != fingerprint(after.tokenizer): raise ValueError(f"--before: {before.card['name']} has another tokenizer than {after.card['name']}, so their codes are not the same pictures; compare models of one tokenizer")
+    of_one_tokenizer(before, after)
     items = [sample_caption(rng, kind, split="val") for kind in ("two_objects", "counting", "position", "color_binding") for _ in range(2)]
     grids = [tuple(s//after.patch for s in render(scene).shape[1:]) for scene, _ in items]
     edits = [sample_edit(rng, kind, split="val") for kind in EDIT_KINDS]
@@ -178,6 +184,7 @@ def demo_report(model: Arm, # any model
                 say: Callable[[str], None] = lambda line: None, # told what is being done, a line at a time
                 ) -> Report: # the same on each run
     "Let a model show what it can do on held-out data, and judge it."
+    if before: of_one_tokenizer(before, model) # before anything is drawn
     sections, worlds = [], model.card.get("run", {}).get("worlds", ["shapes", "openmoji"])
     if "openmoji" in worlds:
         say("loading OpenMoji (its pictures are drawn once, then cached)")

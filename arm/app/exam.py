@@ -67,6 +67,7 @@ def run_exam(
     try: items = exam.items(Path(data), Path(images), exam.form)
     except ODD as e:
         raise ValueError(f"{data}: not the questions of {name} ({type(e).__name__}: {e}); give the official file of this benchmark") from e
+    if not items: raise ValueError(f"{data}: no question on a picture; give the official file of {name}")
     answer_all(items, ask, out, facts={"form": exam.form, **(facts or {})}, say=say)
     answers, refused = read_answers(out), refusals(out)
     if n := sum(i.id not in answers and i.id not in refused for i in items):

@@ -52,6 +52,6 @@ def read_settings(argv: Sequence[str], # the words after the command
         raise ValueError(f"{e if isinstance(e, argparse.ArgumentError) else f'these settings cannot be read ({e})'}; see: {prog} {chosen_stage(argv, stages)}--help") from e
     values = {k: v for k, v in chosen[chosen.stage].as_dict().items() if k != "config"}
     for k, v in values.items():
-        if isinstance(v, (int, float)) and v < 0: raise ValueError(f"{k} is {v}; it must be 0 or more: correct it on the command line or in the file")
+        if isinstance(v, (int, float)) and v < 0: raise ValueError(f"{k} is {v}; it must be 0 or more: correct it on the command line or in the file; see: {prog} {chosen.stage} --help")
     if "stage" in inspect.signature(stages[chosen.stage]).parameters: values["stage"] = chosen.stage
     return chosen.stage, values

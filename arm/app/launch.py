@@ -82,7 +82,7 @@ def torchrun_file(
 set -euo pipefail
 : "${{HEAD:?name the first machine, such as HEAD=node01}}"
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-4}}" TQDM_DISABLE=1
-{command(stage, f'torchrun --nnodes "${{NODES:-{stage_numbers(stage)["gpus"][0] // GPUS_PER_NODE}}}" --nproc-per-node "${{GPUS:-{GPUS_PER_NODE}}}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${{PORT:-29500}}" --rdzv-id arm-{stage} --max-restarts "${{RESTARTS:-3}}"')}'''
+{command(stage, f'torchrun --nnodes "${{NODES:-{stage_numbers(stage)["gpus"][0] // GPUS_PER_NODE}}}" --nproc-per-node "${{GPUS:-{GPUS_PER_NODE}}}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${{PORT:-29500}}" --rdzv-id arm-{stage + ("-$phase" if stage == "rl" else "")} --max-restarts "${{RESTARTS:-3}}"')}'''
 
 # %% ../../nbs/91f_app.launch.ipynb #45b4068c
 def write_files(

@@ -89,6 +89,7 @@ def curve_cards(
     if not here: return '<p class="soft">No curve: no log could be read.</p>', []
     fits = [nearest_reference(references, s.kind, s.steps, settings_of(r, s)) for _, s, r in here]
     best, shown, folded, first = fits[0][0], [], [], []
+    fits = [nearest_reference([best] if best else [], s.kind, s.steps, settings_of(r, s)) for _, s, r in here] # all are held against the same band
     says = "No reference curve of this stage is kept, so nothing can be said about what is normal."
     if best:
         says = f"Grey band: {len(best.runs)} reference run{'s' if len(best.runs) > 1 else ''} of “{best.command}” ({', '.join(best.runs)}; {best.note}). "
@@ -158,9 +159,10 @@ def start_of(
     tuned, here = model.card.get("sft"), model.path.resolve()
     starts = [first.get("start") for held in (model.card["rl"], tuned) if isinstance(held, list) for first in held[:1] if isinstance(first, dict)]
     names = [n for n in starts if isinstance(n, str) and n == Path(n).name and n not in ("", ".", "..")] or ["tiny"]
+    called = lambda path: path.parent.name if path.name == "model" else path.name # as a training notes its start
     for name in names: # before reinforcement, else before fine-tuning
-        near = [m for r in runs for m in r.models if m.path.resolve().name == name and m.path.resolve() != here]
-        beside = (read_model(p, name) for p in (here.parent / name, DATA / "models" / name) if p.is_dir() and p.resolve() != here)
+        near = [m for r in runs for m in r.models if called(m.path.resolve()) == name and m.path.resolve() != here]
+        beside = (read_model(p, name) for p in (here.parent / name, here.parent.parent / name / "model", DATA / "models" / name) if p.is_dir() and p.resolve() != here)
         found = next((m for m in (*near, *beside) if m and m.scores), None)
         if found: return found
     return None
@@ -197,19 +199,22 @@ def fact_rows(
 ) -> dict[str, str]: # what -> words
     "How a run was made."
     cards = [str(m.card["command"]) for m in run.models if isinstance(m.card.get("command"), str)]
-    rewards = [f"{told(e.get('phase', '?'), 40)} ({', '.join(f'{k} {v}' for k, v in e['run'].items()) if isinstance(e.get('run'), dict) else 'settings not recorded'})"
-               for m in run.models for e in (m.card.get("rl") if isinstance(m.card.get("rl"), list) else []) if isinstance(e, dict)]
+    noted = lambda key: [e for m in run.models for e in (m.card.get(key) if isinstance(m.card.get(key), list) else []) if isinstance(e, dict)]
+    say = lambda held: ", ".join(f"{k} {' + '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in held.items())
+    rewards = [f"{told(e.get('phase', '?'), 40)} ({say(e['run']) if isinstance(e.get('run'), dict) else 'settings not recorded'})" for e in noted("rl")]
+    tuned = [f"from {told(e.get('start', '?'), 40)} ({say({k: v for k, v in e.items() if k not in ('start', 'weights')})})" for e in noted("sft")]
     typed = [shlex.join(map(str, s["command"])) for s in run.starts if isinstance(s.get("command"), list)]
     seen = run.starts[-1].get("versions") if run.starts else None
-    seeds = {str(v) for v in [run.fields.get("seed")] + [e["run"].get("seed") for m in run.models for e in (m.card.get("rl") if isinstance(m.card.get("rl"), list) else []) if isinstance(e, dict) and isinstance(e.get("run"), dict)] if v is not None}
+    seeds = {str(v) for v in [run.fields.get("seed"), *(e.get("seed") for e in noted("sft")), *(e["run"].get("seed") for e in noted("rl") if isinstance(e.get("run"), dict))] if v is not None}
     kept = {k: v for k, v in run.fields.items() if k not in ("seed", "out")}
     return {"command": "\n".join(dict.fromkeys(typed)) or ("; ".join(dict.fromkeys(cards)) + " (as the model's card tells)" if cards else "not recorded"),
             "started": f"{len(run.starts)} time{'s' if len(run.starts) > 1 else ''}, last at {run.starts[-1].get('started', '?')}" if run.starts else "not recorded",
-            "seed": ", ".join(sorted(seeds)) or ("0, the default of every command" if typed else "not recorded"),
+            "seed": ", ".join(sorted(seeds)) or "not recorded",
             "versions": ", ".join(f"{k} {v}" for k, v in seen.items()) if isinstance(seen, dict) else "not recorded",
             "settings": ", ".join(f"{k} {' + '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in kept.items() if v not in ("", None)) or "not recorded",
+            "fine-tuning": "; ".join(dict.fromkeys(tuned)) or "none on a card here",
             "rewards": "; ".join(dict.fromkeys(rewards)) or "none on a card here",
-            "stages": ", ".join(f"{s.name} ({s.steps:,} steps{'' if s.done or s.kind.startswith('grpo') else ', not finished'})" for s in run.stages) or "none here",
+            "stages": ", ".join(f"{s.name} ({s.steps:,} steps{'' if s.done else ', not finished'})" for s in run.stages) or "none here",
             "models": ", ".join(m.name for m in run.models) or "none here"}
 
 # %% ../../nbs/90b_app.runreport.ipynb #b6065fce

@@ -76,22 +76,26 @@ def started(
     command: Sequence[str], # see `note_start`
     settings: dict, # see `note_start`
 ) -> Iterator[None]: # nothing; train inside the block
-    "Note the start of what happens inside; a command that is refused there leaves no trace."
-    if os.environ.get("RANK", "0") != "0": # of several processes the first one writes
+    "Note the start of what happens inside; a command that is refused before it has trained anything leaves no trace."
+    if any(os.environ.get(k, "0") != "0" for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID")): # of several processes the first one writes
         yield
         return
     out, there = Path(out), Path(out).exists()
     path = out / "run.json"
     before = path.read_bytes() if path.is_file() else None
+    trained = lambda: {(p, p.stat().st_mtime_ns) for name in ("last.ckpt", "done.json") for p in out.rglob(name)}
     note_start(out, command, settings)
+    held = trained()
     try: yield
     except ValueError:
+        if trained() != held: raise # it was broken off, and goes on from there
         if before is not None: atomic_write(path, before)
         else: path.unlink(missing_ok=True)
         if not there and not any(out.iterdir()): out.rmdir()
         raise
 
 # %% ../../nbs/90a_app.runs.ipynb #85d45f10
+_PHASES = ("t2i", "edit", "joint") # folders of a recipe's phases, in order
 ORDER = ("teacher", "tokenizer", "decoder", "arm", "sft") # as they are trained; anything else comes after
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ def read_stage(
     if not (curves or notes or found or done or note): return None
     said = number_in(done.get("steps"))
     last = max((steps[-1] + 1 for steps, _ in curves.values()), default=max((s for s, _ in found), default=0))
-    return Stage(name, Path(name).name, curves, sorted(found), int(said) if said is not None and said >= 0 else last, bool(done), notes + ([note] if note else []))
+    whole = bool(done) or folder.name.startswith(("sft", "grpo")) and (folder.resolve().parent / "model" / "config.json").is_file() # these end with a model
+    return Stage(name, Path(name).name, curves, sorted(found), int(said) if said is not None and said >= 0 else last, whole, notes + ([note] if note else []))
 
 # %% ../../nbs/90a_app.runs.ipynb #2cafedb3
 def read_sheet(
@@ -200,20 +205,27 @@ class Run:
     title: str            # its path, as given
     path: Path            # where it lies
     stages: list[Stage]   # in the order of training
-    models: list[Model]   # by name
+    models: list[Model]   # by phases of reinforcement, then by name
     starts: list[dict]    # entries of run.json: command, settings, versions, started
     scores: dict[str, Score] # of the last model that has some, then of files beside the models
     notes: list[str]      # what was wrong, all parts together
     fields: dict = field(default_factory=dict) # settings known of the run: "worlds", "seed", ...
 
 def _folders(path: Path, depth: int = 3) -> tuple[list[Path], list[str]]:
-    "A folder and those below it, at most 500, and a note if there are more."
+    "A folder and those below it, at most 500, and notes on what was left out."
     out, level = [path], [path]
+    notes = []
+    def below(folder):
+        try: return sorted(folder.iterdir())
+        except OSError as e:
+            if folder == path: raise
+            notes.append(f"{folder.name} cannot be looked through ({e.strerror})")
+            return []
     for _ in range(depth):
-        level = [p for f in level for p in sorted(f.iterdir()) if p.is_dir() and not p.is_symlink() and not re.fullmatch(r"log[0-9]*|\..*|checkpoints?", p.name)]
+        level = [p for f in level for p in below(f) if p.is_dir() and not p.is_symlink() and not re.fullmatch(r"log[0-9]*|\..*|checkpoints?", p.name)]
         out += level
         if len(out) > 500: break
-    return out[:500], ["more than 500 folders: the rest was not looked at"] * (len(out) > 500)
+    return out[:500], notes + ["more than 500 folders: the rest was not looked at"] * (len(out) > 500)
 
 def read_run(
     path: str | Path, # a run, a stage of one, or a model folder
@@ -226,7 +238,9 @@ def read_run(
     named = [(f, str(f.relative_to(path)) if f != path else path.resolve().name) for f in folders]
     stages = [s for s in (read_stage(*f) for f in named) if s]
     models = [m for m in (read_model(*f) for f in named) if m]
-    stages.sort(key=lambda s: (Path(s.name).parent.name, ORDER.index(s.kind) if s.kind in ORDER else len(ORDER), s.name))
+    turn = lambda name: (_PHASES.index(name) if name in _PHASES else -1, name)
+    models.sort(key=lambda m: (len(m.card["rl"]) if isinstance(m.card.get("rl"), list) else 0, m.name))
+    stages.sort(key=lambda s: (turn(Path(s.name).parent.name), ORDER.index(s.kind) if s.kind in ORDER else len(ORDER), s.name))
     scores, notes = ({}, []) if any(m.path == path for m in models) else read_scores(path)
     if not stages and not models and not scores: raise ValueError(f"{title} is no run: it holds no log, no samples, no model and no scores; name a folder that arm train wrote")
     facts, note = next((f for f in (read_facts(p / "run.json") for p in (path, path.resolve().parent)) if f[0] or f[1]), ({}, ""))

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import make_rng, to_pil
 from ..data.emojitasks import instruction, pairs
 from ..data.openmoji import load_openmoji
-from ..data.pictures import fit_picture, open_picture
+from ..data.pictures import fit_picture, noted_grids, open_picture
 from ..data.shapes import render, sample_scene
 from ..data.shapetasks import questions, sample_edit
 from ..data.shapetext import sample_caption
@@ -29,7 +29,7 @@ from ..model.generate import Guidance, Sampling
 from ..model.sequence import ImagePrompt
 from ..model.slides import Peek, examine
 from ..model.stream import Draft, stream_images
-from ..model.tasks import DESCRIBE, Arm, Codes
+from ..model.tasks import DESCRIBE, NOTE, Arm, Codes
 from ..show import show_tokens
 
 # %% ../../nbs/91k_app.studio.ipynb #f5c10613
@@ -144,8 +144,8 @@ def look(arm: Arm, # any model
     try:
         with open(path, "rb") as f: picture = open_picture(f)
     except OSError as e: raise ValueError(f"the file cannot be read ({e.strerror}); upload it again") from e
-    pixels, note = fit_picture(picture, [tuple(g) for g in arm.card["grids"]], arm.patch)
-    codes = arm.look(picture)
+    grids = noted_grids(picture.size, str(picture.info.get(NOTE, "")), [tuple(g) for g in arm.card["grids"]], arm.patch)
+    (pixels, note), codes = fit_picture(picture, grids, arm.patch), arm.look(picture)
     return Seen(pixels, to_pil(pixels), codes, token_map(arm, codes[0][None], codes[1]), note or "")
 
 def ask(arm: Arm, # any model

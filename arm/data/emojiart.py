@@ -106,9 +106,9 @@ def palette_counts(
 # %% ../../nbs/10e_data.emojiart.ipynb #fbb6627a
 def read_tone(
     picture:Tensor, # (3, H, W) uint8
-    share:float=.0035, # smallest share of the pixels that counts as skin (8 pixels of 48x48)
+    share:float=.0035, # smallest share of the pixels that counts as skin (9 pixels of 48x48)
 ) -> int: # 0 for the default yellow or no skin, 1-5 for light to dark
-    "The lightest skin colour present is the tone: shade and hair are darker than skin."
+    "The lightest skin colour present is the tone: no shade or hair is a lighter skin."
     n = palette_counts(picture)
     count = [int(n[PALETTE.index(SKIN[t][0])]) for t in range(1, 6)]
     tone = next((t for t in range(1, 6) if count[t-1] >= share*picture[0].numel()), 0)

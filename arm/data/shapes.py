@@ -93,6 +93,7 @@ def coverage(
     if shape == "circle": inside = y**2 + x**2 <= r**2
     elif shape == "square": inside = np.maximum(abs(y), abs(x)) <= r
     elif shape == "triangle": inside = (abs(x) <= (y + r) / 2) & (y <= r)
+    elif shape != "cross": raise ValueError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
     else: inside = (np.minimum(abs(y), abs(x)) <= r / 3) & (np.maximum(abs(y), abs(x)) <= r)
     return inside.reshape(CELL, 8, CELL, 8).mean((1, 3), dtype=np.float32)
 

@@ -31,7 +31,7 @@ def _byte_level(vocab_free_model):
 
 # %% ../../nbs/12_data.text.ipynb #24a7f2b0
 class TextTokenizer:
-    "Text to ids and back, exactly; what looks like a special token in a user's text is plain text."
+    "Text to ids and back, exactly; what looks like a token marked special in a user's text is plain text."
     def __init__(self,
         tokenizer:Tokenizer, # of the `tokenizers` library, byte-level
     ):
@@ -97,9 +97,9 @@ TextTokenizer.train, TextTokenizer.from_file, TextTokenizer.from_pretrained = ma
 # %% ../../nbs/12_data.text.ipynb #3b203a13
 def training_texts(
     seed:int=0, # of the shapes world's scenes and of all wordings
-    n_scenes:int=6000, # scenes to describe
+    n_scenes:int=6000, # scenes to describe, and as many edits with invented skins
 ) -> Iterator[str]: # captions, questions, answers and instructions of training data alone
-    "Every kind of text that the models train on."
+    "Captions, questions, answers and instructions of both worlds; disguised words (page 10c) and plans (page 10d) are not among them."
     rng = Random(seed)
     for _ in range(n_scenes):
         scene = sample_scene(rng, split="train")

@@ -34,7 +34,8 @@ def distinct(
     cfg_scale:float=1., # guidance of the drawings
 ) -> float: # in [0, 1]; 1/n_samples if all show one scene
     "Different scenes among a caption's pictures, as a share of the pictures: what a collapsed policy loses. What cannot be read counts as none."
-    captions = items.captions["val"][::max(1, len(items.captions["val"]) // n_prompts)][:n_prompts]
+    cases = items.captions["val"]
+    captions = [cases[k * len(cases) // min(n_prompts, len(cases))] for k in range(min(n_prompts, len(cases)))]
     many = [case for case in captions for _ in range(n_samples)]
     grids = [(s.rows * CELL // arm.patch, s.cols * CELL // arm.patch) for s, _ in many]
     seen = readings(pictures(arm, arm.imagine_codes([c.text for _, c in many], grids, temperature=temperature, cfg_scale=cfg_scale, seed=0)))

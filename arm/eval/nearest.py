@@ -44,7 +44,7 @@ def gallery(
 
 def _flat(images):
     "Blurred rows of numbers; white is moved to 0, which keeps the sums small and therefore exact."
-    return torch.cat([(blur(to_float(part)) - 1).flatten(1) for part in images.split(512)])
+    return torch.cat([(blur(to_float(part).float()) - 1).flatten(1) for part in images.split(512)])
 
 # %% ../../nbs/51_eval.nearest.ipynb #5a83e9dc
 @torch.no_grad()
@@ -56,6 +56,8 @@ def nearest(
     "The true pictures that look most like each image (MSE after a 3x3 Gaussian)."
     if images.ndim != 4 or images.shape[1:] != (3, gallery.side, gallery.side):
         raise ValueError(f"images of shape {tuple(images.shape)}; they must be (B, 3, {gallery.side}, {gallery.side}) as the gallery's: resize them, or load the data at their size")
+    if images.is_floating_point() and not (images.isfinite().all() and images.abs().max() <= 1.5):
+        raise ValueError(f"pixels from {images.min():.4g} to {images.max():.4g}; use uint8, or finite floats in [-1, 1] (a little more is forgiven)")
     if not 1 <= k <= len(gallery.ids): raise ValueError(f"k={k} of {len(gallery.ids)} pictures; ask for 1 to {len(gallery.ids)}")
     rows, errors, norms = [], [], gallery.blurred.square().sum(1)
     for x in _flat(images.cpu()).split(256):
@@ -84,5 +86,6 @@ def psnr(
     most: float = 60., # dB, what identical pictures get
 ) -> Tensor:           # (B,) dB
     "Peak signal-to-noise ratio of each image."
-    mse = (to_float(images) - to_float(truth)).square().mean((1, 2, 3))
+    if images.shape != truth.shape: raise ValueError(f"images {tuple(images.shape)} against {tuple(truth.shape)}; give pairs of one size")
+    mse = (to_float(images).float() - to_float(truth).float()).square().mean((1, 2, 3))
     return (10 * (4 / mse.clamp_min(1e-12)).log10()).clamp_max(most)

@@ -182,9 +182,9 @@ def renderer_scores(
     seed:int = 0,              # of items, samples and noise
     say:Callable[[str], None] = lambda text: None, # told what is going on
 ) -> dict[str, dict[str, float]]: # path -> {"value", "low", "high", "n"}
-    "The examination of renderers: faithful, follows, and decides on open and on whole captions; one that walks is also asked for one step."
+    "The examination of renderers: faithful, follows, and decides on open captions (of the categories that leave something unsaid) and on whole ones; one that walks is also asked for one step."
     items = shapes_items(n, seed)
-    scenes, captions, grid = items.scenes["val"], items.captions["val"], lambda s: (s.rows * CELL // arm.patch, s.cols * CELL // arm.patch)
+    scenes, captions, grid = items.scenes["val"], [c for c in items.captions["val"] if c[1].category != "scene"], lambda s: (s.rows * CELL // arm.patch, s.cols * CELL // arm.patch)
     quick = {f"{name}, 1 step": copy(r) for name, r in renderers.items() if getattr(r, "steps", 1) > 1}
     for r in quick.values(): r.steps = 1
     say(f"faithful: {len(scenes)} scenes")

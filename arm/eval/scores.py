@@ -85,7 +85,7 @@ def majority(
 def ratio(
     parts: list[float],  # c_i
     wholes: list[float], # m_i, some of them above 0
-) -> dict[str, float]:   # score of sum(c) / sum(m), n counts the pictures
+) -> dict[str, float]:   # score of sum(c) / sum(m), n counts the pictures; no width at 0, at 1 and for one picture
     "A ratio of sums over independent pictures."
     c, m = torch.as_tensor(parts, dtype=torch.float64), torch.as_tensor(wholes, dtype=torch.float64)
     if not m.sum() > 0: raise ValueError(f"{len(m)} pictures with nothing to count; at least one needs a whole above 0")

@@ -31,7 +31,7 @@ def soften(
     images: Tensor, # (B, C, H, W) float
 ) -> Tensor:        # (B, C, H, W)
     "Blur by sigma 1 px: noise goes down by 3.5, and sharp and soft renderings come to look alike."
-    kernel = (_BLUR[:, None] * _BLUR)[None, None]
+    kernel = (_BLUR[:, None] * _BLUR)[None, None].to(images)
     padded = F.pad(images, (2, 2, 2, 2), mode="replicate")
     return rearrange(F.conv2d(rearrange(padded, "b c h w -> (b c) 1 h w"), kernel), "(b c) 1 h w -> b c h w", c=images.shape[1])
 
@@ -143,10 +143,11 @@ def _reading(image):
 
 # %% ../../nbs/50_eval.verifier.ipynb #265a15d0
 def missing(
-    scene: Scene | Reading, # what is there
+    scene: Scene | Reading, # what is there; the faults of a reading do not count here, ask for its `reasons` first
     spec: dict,   # what is wanted: `Caption.spec`, or `parse_caption` of free text
 ) -> list[str]:   # empty when the scene meets the spec
     "Why a scene does not meet a caption's claims, for the assignment of objects to claims that fits best."
+    if spec is None: raise ValueError("spec is None: the text is not in the language of these captions, see parse_caption; word it as they are")
     wants = [w for w in spec["objects"] for _ in range(w["count"])]
     if len(wants) != len(scene.objs): return [f"{len(scene.objs)} objects, the caption says {len(wants)}"]
     best = None

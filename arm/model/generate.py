@@ -58,10 +58,11 @@ def draw(
     sampling: Sampling, # temperature and filters
 ) -> Tensor: # (n,) ids in [0, V)
     "One id per row: the place where the running sum of probabilities passes u."
+    if not logits.amax(-1).isfinite().all(): raise ValueError("logits are not finite: weights are damaged, or their precision is too small; load them anew, or draw in float32.")
     if sampling.temperature == 0: return logits.argmax(-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64 # which Apple's GPUs do not have
-    total = probabilities(logits, sampling).to(wide).cumsum(-1)
-    return torch.searchsorted(total, u.to(wide)[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    here = "cpu" if logits.device.type == "mps" else logits.device # Apple's GPUs have no float64
+    total = probabilities(logits, sampling).to(here, torch.float64).cumsum(-1)
+    return torch.searchsorted(total, u.to(here, torch.float64)[:, None] * total[:, -1:], right=True)[:, 0].to(logits.device)
 
 # %% ../../nbs/33_model.generate.ipynb #8763eaec
 def uniforms(
@@ -207,7 +208,7 @@ def generate_images(
     guidance: Guidance = Guidance(), # scales and form
     seeds: int | list[int] = 0, # one per sample (P*G), or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
-    batch_size: int = 256, # rows that run at the same time, all branches counted
+    batch_size: int = 256, # rows at the same time, all branches counted; the samples of one prompt always run together
 ) -> list[Tensor]: # P*G tensors (N,) of codes, the samples of a prompt contiguous; stack them where grids agree
     "Draw pictures as codes."
     seeds = seed_list(seeds, len(prompts) * num_generations)

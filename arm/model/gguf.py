@@ -90,7 +90,7 @@ def gguf_tensors(
     g: Gguf, # of a Llama-type model
 ) -> Iterator[tuple[str, Tensor]]: # published name and float32 tensor
     "All weights, one at a time, as `hub_tensors` gives them."
-    heads = {"attn_q": g.facts["llama.attention.head_count"], "attn_k": g.facts["llama.attention.head_count_kv"]}
+    heads = {"attn_q": (all_heads := g.facts["llama.attention.head_count"]), "attn_k": g.facts.get("llama.attention.head_count_kv") or all_heads} # absent: none are shared
     with open(g.path, "rb") as f:
         for name, (shape, kind, offset) in g.tensors.items():
             if kind not in BLOCKS: raise ValueError(f"{g.path}: {name} has the number type {kind}; ARM reads F32, F16, Q4_1 and Q8_0. Take a file of these.")

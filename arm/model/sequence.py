@@ -259,6 +259,7 @@ def pack_rows(
 ) -> list[list[int]]: # sample numbers of every row
     "Greedy packing with look-ahead: the oldest sample first, then whatever still fits."
     if max(lengths, default=0) > max_tokens: raise ValueError(f"a sample of {max(lengths)} tokens does not fit into rows of {max_tokens}; raise max_tokens or drop the sample.")
+    if look_ahead < 1: raise ValueError(f"look_ahead={look_ahead}: at least 1 waiting sample must be tried; give a positive number.")
     waiting, rows = list(range(len(lengths))), []
     while waiting:
         row, left = [], max_tokens

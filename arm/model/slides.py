@@ -98,7 +98,8 @@ def legend(
     "What the colours mean, as far as they occur."
     says = dict(pad="filling", bos="begin of sequence", text="text", ans="the answer follows", boi="begin of image", height="height in patches", width="width in patches", code="visual code and its bits", eoi="end of image", eos="end")
     items = [(FILL[k], says[k]) for i, k in enumerate(KINDS) if (s.kinds == i).any()]
-    items += [(c, f"document, {n} number") for c, n in zip(DOCS, ("even", "odd")) if int(s.doc.max()) or n == "even"] + [(LEARNT, "learnt: the loss counts it"), ("#dddddd", "not learnt")] + ([(SURPRISE, "surprise, full height 16 bits")] if measured else [])
+    docs = set((s.doc[s.kinds != KINDS.index("pad")] % 2).tolist())
+    items += [(c, f"document, {n} number") for k, (c, n) in enumerate(zip(DOCS, ("even", "odd"))) if k in docs] + [(LEARNT, "learnt: the loss counts it"), ("#dddddd", "not learnt")] + ([(SURPRISE, "surprise, full height 16 bits")] if measured else [])
     out, x, top = [], 4., y
     for color, text in items:
         wide = 26 + 6.2*len(text)
@@ -144,7 +145,7 @@ def mask_svg(
     see, T = document_mask(s), len(s.ids)
     a, out = size / T, []
     for t in range(T):
-        edge = torch.cat((see[t], see.new_zeros(1))).int().diff(prepend=torch.zeros(1, dtype=torch.int32))
+        edge = torch.cat((see[t], see.new_zeros(1))).int().diff(prepend=see.new_zeros(1, dtype=torch.int32))
         for start, stop in zip((edge == 1).nonzero()[:, 0].tolist(), (edge == -1).nonzero()[:, 0].tolist()):
             color = "#cccccc" if KINDS[s.kinds[t]] == "pad" else DOCS[int(s.doc[t]) % 2]
             out.append(f'<rect x="{30 + start*a:.2f}" y="{16 + t*a:.2f}" width="{(stop - start)*a:.2f}" height="{a + .3:.2f}" fill="{color}" shape-rendering="crispEdges"/>')

@@ -126,9 +126,10 @@ def adapt(
     groups = [dict(params=[p for n, p in model.named_parameters() if n.startswith(new) == fast], lr=lr) for fast, lr in ((True, lr_new), (False, lr_old))]
     for p in groups[1]["params"]: p.requires_grad_(lr_old > 0)
     opt = torch.optim.AdamW([x for x in groups if x["lr"] > 0], betas=(.9, .95), weight_decay=0.)
+    rates = [x["lr"] for x in opt.param_groups]
     report(0)
     for step in range(n_steps):
-        for group, lr in zip(opt.param_groups, (lr_new, lr_old)): group["lr"] = lr * min(1, (step + 1) / 10, 2 * (n_steps - step) / n_steps) # warm up, and down from half
+        for group, lr in zip(opt.param_groups, rates): group["lr"] = lr * min(1, (step + 1) / 10, 2 * (n_steps - step) / n_steps) # warm up, and down from half
         loss, _ = model.loss(pad_batch(model.vocab, batch(step)).to(model.text_weight.device))
         opt.zero_grad()
         loss.backward()

@@ -152,11 +152,12 @@ class ArmWords(ArmFolder):
         plan:bool|list[str]|None, # see `imagine_codes`
         temperature:float, # of the words; 0 is greedy
         seed:int, # item i draws from seed + i
+        batch_size:int=128, # rows at a time
     ) -> list[ImagePrompt]: # the same requests, with a plan where one is wanted
         "Requests with the picture in words, written by the model or by you."
         if isinstance(plan, list): return [replace(p, plan=self.text.encode(words)) for p, words in zip(items, plan, strict=True)]
         if not (self.card["plan"] if plan is None else plan): return items
-        return write_plans(self.model, items, sampling=Sampling(temperature=temperature), seeds=seed)
+        return write_plans(self.model, items, sampling=Sampling(temperature=temperature), seeds=seed, batch_size=batch_size)
 
     def answers(self,
         codes:list[Codes], # pictures
@@ -193,9 +194,8 @@ class ArmCodes(ArmWords):
         batch_size:int=128, # rows at a time, all guidance branches counted
     ) -> list[Codes]: # one per prompt
         "Text to image."
-        items = self.planned([ImagePrompt(self.prompt_ids(p), tuple(g)) for p, g in zip(prompts, grids, strict=True)], plan, temperature, seed)
-        drawn = generate_images(self.model, items, sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
-                                guidance=Guidance(text_scale=cfg_scale), seeds=seed, batch_size=batch_size)
+        items = self.planned([ImagePrompt(self.prompt_ids(p), tuple(g)) for p, g in zip(prompts, grids, strict=True)], plan, temperature, seed, batch_size)
+        drawn = generate_images(self.model, items, sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), guidance=Guidance(text_scale=cfg_scale), seeds=seed, batch_size=batch_size)
         return [(c, p.grid) for c, p in zip(drawn, items)]
 
     def edit_codes(self,
@@ -204,7 +204,9 @@ class ArmCodes(ArmWords):
         *,
         seed:int=0, # item i draws from seed + i
         temperature:float=0., # 0 is greedy
+        top_k:int=0, # see `Sampling`
         top_p:float=1., # see `Sampling`
+        min_p:float=0., # see `Sampling`
         text_scale:float=1., # guidance by the instruction; 1 is none
         image_scale:float=1., # guidance by the source; 1 is none
         form:str="nested", # how the branches mix, see `Guidance`
@@ -212,9 +214,8 @@ class ArmCodes(ArmWords):
         batch_size:int=128, # rows at a time, all guidance branches counted
     ) -> list[Codes]: # edited pictures of the sources' sizes
         "Instruction-guided editing."
-        items = self.planned([ImagePrompt(self.prompt_ids(t), g, c) for (c, g), t in zip(sources, instructions, strict=True)], plan, temperature, seed)
-        drawn = generate_images(self.model, items, sampling=Sampling(temperature=temperature, top_p=top_p),
-                                guidance=Guidance(text_scale=text_scale, image_scale=image_scale, form=form), seeds=seed, batch_size=batch_size)
+        items = self.planned([ImagePrompt(self.prompt_ids(t), g, c) for (c, g), t in zip(sources, instructions, strict=True)], plan, temperature, seed, batch_size)
+        drawn = generate_images(self.model, items, sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), guidance=Guidance(text_scale=text_scale, image_scale=image_scale, form=form), seeds=seed, batch_size=batch_size)
         return [(c, p.grid) for c, p in zip(drawn, items)]
 
 # %% ../../nbs/34_model.tasks.ipynb #f8d95d20
@@ -273,8 +274,7 @@ class ArmPictures(ArmPainted):
     ) -> list[Image.Image]: # n pictures
         "Draw pictures of a prompt."
         if n < 1: raise ValueError(f"n={n}: ask for at least one picture")
-        return self.paint(self.imagine_codes([prompt] * n, [self._grid(size)] * n, seed=seed,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, cfg_scale=cfg_scale, plan=[plan] * n if isinstance(plan, str) else plan))
+        return self.paint(self.imagine_codes([prompt] * n, [self._grid(size)] * n, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, cfg_scale=cfg_scale, plan=[plan] * n if isinstance(plan, str) else plan))
 
     def edit(self,
         image:Tensor|Image.Image|str|Path, # picture, file, or tensor (3, H, W)

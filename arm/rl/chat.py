@@ -79,6 +79,7 @@ def served_model(
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     say = "name the model with --judge-model"
     try: names = [str(m["id"]) for m in httpx.get(base_url.rstrip("/") + "/models", headers=headers, timeout=20.).raise_for_status().json()["data"]]
+    except httpx.HTTPStatusError as e: raise ValueError(f"the judge at {httpx.URL(base_url).host} answers {e.response.status_code} when asked for its models; check the key, or {say}") from None
     except (httpx.HTTPError, ValueError, KeyError, TypeError): raise ValueError(f"the judge at {httpx.URL(base_url).host} does not list its models; check that it runs, and {say}") from None
     if found := next((w for w in wanted if w in names), None): return found
     if len(names) == 1: return names[0]

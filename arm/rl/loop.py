@@ -239,13 +239,16 @@ class DrawnGRPO(GRPOUpdate):
             held = rollout(self.model, self.tokenizer, items, self.cfg, sampling=Sampling(temperature=self.temperature),
                            guidance=branches(self.guidance, self.mode, False)[0], dtype=self.rollout_dtype, plan=self.plan, own=self.words)
         self.model.train()
-        if self.updates > 1: held.old = self.before(held)
+        if self.updates > 1:
+            held.old = self.before(held)
+            torch.clear_autocast_cache() # it would hold weights that know no gradient
         means = {f"{task}_{k}": v for task in sorted(set(held.tasks)) for k, v in part_means([r for r, t in zip(held.rewards, held.tasks) if t == task]).items()}
         self.marked = dict.fromkeys({**self.marked, **means}, torch.nan) # what was not marked this time is logged as such: a logger would repeat its last value
         self.log_dict(self.marked | means, prog_bar=False)
-        silent = sum(map(unjudged, held.rewards))
-        self.silent = self.silent + 1 if silent == len(held.rewards) else 0
-        self.log("no_verdict", silent / len(held.rewards), prog_bar=False)
+        silent = torch.tensor([sum(map(unjudged, held.rewards)), len(held.rewards)], device=self.device)
+        if processes(self)[1] > 1: dist.all_reduce(silent) # all processes count alike, and stop alike
+        self.silent = self.silent + 1 if silent[0] == silent[1] else 0
+        self.log("no_verdict", float(silent[0] / silent[1]), prog_bar=False)
         if self.silent >= self.patience: raise ValueError(f"{self.silent} rollouts in a row without a single verdict: whoever judges is away or refuses; see to it, then start the same command again, which goes on from the last checkpoint")
         self.log("reward", part_means(held.rewards).get("total", torch.nan), prog_bar=True) # a judge that is away leaves none
         return held

@@ -7,7 +7,7 @@ __all__ = ['SYSTEM', 'RUBRICS', 'Rubric', 'Question', 'data_url', 'pictures', 'c
            'Judgement', 'judge_rewards', 'g_scores']
 
 # %% ../../nbs/60b_rl.rubrics.ipynb #8153015d
-import base64, io, json, math, re
+import base64, io, json, math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -104,7 +104,8 @@ def read_reply(
     rubric:Rubric, # what it was asked
 ) -> tuple[tuple[float, ...], str]: # its notes and its reasons
     "Notes of a reply, or a `ValueError` that says why there are none."
-    text = re.sub(r"<think>.*?</think>", "", content, flags=re.S)
+    text = content.rpartition("</think>")[2] # thoughts, whether or not their beginning is part of the reply
+    if "<think>" in text: raise ValueError("the reply ends within its thoughts; allow more max_tokens")
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start: raise ValueError(f"no JSON object in {text.strip()[:60]!r}; a reply must be one object with reasoning and score")
     try: reply = reply_schema(len(rubric.notes)).model_validate_json(text[start:end + 1])

@@ -98,6 +98,10 @@ class DecoderConfig:
     n_head:int # heads
     patch_size:int # px
 
+    def __post_init__(self):
+        if min(self.dim, self.n_layer, self.n_head, self.patch_size) < 1: raise ValueError(f"{self}: all sizes are at least 1; try DecoderConfig.tiny()")
+        if self.dim % 4 or self.dim % self.n_head: raise ValueError(f"dim={self.dim} with n_head={self.n_head}: a width is a multiple of 4 (for positions) and of its heads; change one of them")
+
     @classmethod
     def tiny(cls) -> "DecoderConfig":
         "Small enough for two cores (our choice)."

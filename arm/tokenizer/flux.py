@@ -299,7 +299,7 @@ def pretrained_parts(
         parts = [_whole(kind[0], source, folder, where, torch_dtype=dtype) for kind, folder in zip(FAMILIES[family], ("transformer", "vae"))]
         s = diffusers.FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler", **where)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{source} is no {family} painter that can be read ({str(e).strip().splitlines()[0]}); give a folder or hub id with transformer, vae and scheduler as safetensors") from e
+        raise ValueError(f"{source} is no {family} painter that can be read ({(str(e).strip().splitlines() or [type(e).__name__])[0]}); give a folder or hub id with transformer, vae and scheduler as safetensors") from e
     if not s.get("use_dynamic_shifting"): return *parts, s.get("flow_shift", s.get("shift", 1.))
     rule = [s.get(k, d) for k, d in (("base_shift", .5), ("max_shift", 1.15), ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("time_shift_type", "exponential"))]
     if rule != [.5, 1.15, 256, 4096, "exponential"]: raise ValueError(f"{source} bends times by {rule}; only FLUX.1's rule is known here: choose a FLUX.1 model")

@@ -35,6 +35,8 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.source not in ("features", "patch", "both"): raise ValueError(f"source={self.source!r}: choose 'features', 'patch' or 'both'")
+        for name, head in (("up_dim", 32), ("down_dim", 64))[:1 + (self.down_layer > 0)]:
+            if (d := getattr(self, name)) < 4 or d % 4 or d % max(1, d // head): raise ValueError(f"{name}={d}: a width is a multiple of 4 (for positions) and of its {max(1, d // head)} heads; try {max(1, round(d / head)) * head}")
         if self.decoder.patch_size != self.patch_size: raise ValueError(f"decoder.patch_size={self.decoder.patch_size} and patch_size={self.patch_size}: they must be equal")
         if self.stages and (sum(self.stages) != len(self.levels) or min(self.stages) < 1 or self.source != "patch" or self.down_layer):
             raise ValueError(f"stages={self.stages} with {len(self.levels)} levels, source={self.source!r}, down_layer={self.down_layer}: "
@@ -74,6 +76,7 @@ class DownProjection(nn.Module):
     ) -> Tensor: # (B, N, Q) latents before quantisation
         "Latents of each patch."
         if self.source != "patch" and features is None: raise ValueError(f"source={self.source!r} needs the frozen encoder's features; pass features=towers.features(images)")
+        if images.shape[-2] % self.patch or images.shape[-1] % self.patch: raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} px: sides must be multiples of the patch, {self.patch} px; resize or crop them")
         x = [] if self.source == "patch" else [features]
         if self.source != "features": x.append(patchify(images, self.patch))
         x = self.inp(torch.cat(x, -1))
@@ -154,7 +157,7 @@ class FactoredProjection(Sketcher):
         d, (first, *_), act = cfg.down_dim, cfg.stages, lambda: nn.GELU(approximate="tanh")
         self.painter = self.new_painter(d)
         def trunk(n): return nn.Sequential(nn.Linear(n, d), act(), nn.LayerNorm(d), nn.Linear(d, d), act())
-        self.drawing, self.colors = trunk(cfg.patch_size**2), trunk(palette(torch.zeros(3)).numel())
+        self.drawing, self.colors = trunk(cfg.patch_size**2), trunk(palette(torch.zeros(3, device="cpu")).numel())
         self.stages = nn.ModuleList([nn.Sequential(nn.Linear(d + (self.n_channel - first) * (g > 0), d), act(), nn.Linear(d, k)) for g, k in enumerate(cfg.stages)])
 
     def staged(self,

@@ -65,8 +65,10 @@ class SiglipTowers(nn.Module):
     def from_pretrained(cls,
         path:str|Path, # folder or hub id of a SigLIP or SigLIP2 checkpoint with a fixed resolution
     ) -> "SiglipTowers": # in float32, ready to be frozen
-        "Load real weights, such as google/siglip2-so400m-patch16-512."
-        return cls(model=SiglipModel.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True).float()) # newer libraries load in the file's own precision
+        "Load real weights, such as google/siglip2-so400m-patch16-512; their words come with `load_towers`."
+        towers = cls(model=SiglipModel.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True).float()) # newer libraries load in the file's own precision
+        towers.pad = None # that of our vocabulary is not theirs
+        return towers
 
     def features(self,
         images:Tensor, # (B, 3, H, W) in [-1, 1], sides divisible by the patch
@@ -96,6 +98,7 @@ class SiglipTowers(nn.Module):
         texts:list[list[int]], # ids of each caption
     ) -> Tensor: # (B, text_len) int64
         "Cut and pad captions to the one length that SigLIP's text tower knows; its last position is the summary."
+        if self.pad is None: raise ValueError("these towers have words of their own; load them with arm.tokenizer.towers.load_towers, and give their `words` captions")
         return torch.tensor([(t + [self.pad] * self.text_len)[:self.text_len] for t in texts])
 
 # %% ../../nbs/20_tokenizer.siglip.ipynb #015910e2
@@ -127,6 +130,7 @@ class CaptionReader(nn.Module):
         model:Qwen2ForCausalLM|None=None, # or an existing `transformers` model
     ):
         super().__init__()
+        if (cfg is None) == (model is None): raise ValueError("CaptionReader needs either cfg (a new reader) or model (an existing one), not both or neither")
         if model is None:
             model = Qwen2ForCausalLM(Qwen2Config(hidden_size=cfg.dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
                 intermediate_size=cfg.ffn_dim, vocab_size=cfg.text_size, max_position_embeddings=1024, tie_word_embeddings=True, attn_implementation="eager",

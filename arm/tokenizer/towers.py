@@ -60,7 +60,9 @@ class NaflexTowers(SiglipTowers):
         path:str|Path, # folder or hub id of a NaFlex checkpoint
     ) -> "NaflexTowers": # in float32, ready to be frozen
         "Load real weights, such as google/siglip2-so400m-patch16-naflex."
-        return cls(model=Siglip2Model.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True).float())
+        towers = cls(model=Siglip2Model.from_pretrained(path, attn_implementation="sdpa", use_safetensors=True).float())
+        towers.pad = None # that of our vocabulary is not theirs; see `load_towers`
+        return towers
 
     def hidden(self,
         images:Sequence[Tensor], # (3, H, W) each in [-1, 1]
@@ -97,7 +99,7 @@ class TowerWords:
         length:int, # ids of every caption
     ):
         try: self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=Path(folder).is_dir())
-        except Exception as e: raise ValueError(f"{folder}: the towers' own words cannot be read ({str(e).strip().splitlines()[0][:80]}); it must hold tokenizer.json and tokenizer_config.json") from None
+        except Exception as e: raise ValueError(f"{folder}: the towers' own words cannot be read ({(str(e).strip().splitlines() or [type(e).__name__])[0][:80]}); it must hold tokenizer.json and tokenizer_config.json") from None
         if self.tokenizer.pad_token_id is None: raise ValueError(f"{folder}: its tokenizer names no pad token; take tokenizer_config.json from the published folder")
         self.length, self.pad = length, self.tokenizer.pad_token_id
 

@@ -42,7 +42,7 @@ class VAEConfig:
 
     @classmethod
     def paper(cls) -> "VAEConfig":
-        "Factor 8 and 16 channels, as the autoencoder of FLUX.1 that ARM renders with; widths and blocks as in its public configuration, without its attention."
+        "Factor 8 and 16 channels, as the autoencoder of FLUX.1 that ARM renders with; widths and blocks are our choice, without its attention."
         return cls(widths=(128, 256, 512), n_block=2, latent=16)
 
 # %% ../../nbs/25_tokenizer.vae.ipynb #269cf1a9

@@ -38,7 +38,7 @@ class Muon(torch.optim.Muon):
         params:list[nn.Parameter], # matrices
         lr:float, # learning rate
         weight_decay:float=.05, # decoupled, times the rate
-        precise:bool|None=None, # products in float32; None: where `pick_precision` takes it
+        precise:bool|None=None, # products in float32; None: where `pick_precision` gives 32-true
     ):
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.precise = pick_precision() == "32-true" if precise is None else precise
@@ -97,12 +97,13 @@ def muon(
     *,
     weight_decay:float=.05, # on matrices
     hold:float=.5, # see `warmup_linear`
+    precise:bool|None=None, # see `Muon`
 ) -> dict: # what `configure_optimizers` returns
     "Muon for the hidden matrices (arXiv 2502.16982: update scaled to AdamW's size), AdamW for embeddings, heads and vectors."
     hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    opt = Together(Muon(hidden, lr=lr, weight_decay=weight_decay),
+    opt = Together(Muon(hidden, lr=lr, weight_decay=weight_decay, precise=precise),
                    torch.optim.AdamW([dict(params=[p for p in rest if p.ndim >= 2], weight_decay=weight_decay),
                                       dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.)], lr=lr, betas=(.9, .95)))
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: warmup_linear(s, n_steps, hold=hold))
@@ -130,4 +131,7 @@ class LitARM(L.LightningModule):
         self.log_dict(dict(loss=loss.detach(), **parts), prog_bar=True)
         return fair_mean(self, loss, sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batch))
 
-    def configure_optimizers(self): return self.optimizer(self.model, self.lr, self.n_steps, weight_decay=self.weight_decay, hold=self.hold)
+    def configure_optimizers(self):
+        "The optimizer in the precision of the run, whatever the machine."
+        more = dict(precise=str(self._trainer.precision).startswith("32")) if self.optimizer is muon and self._trainer is not None else {}
+        return self.optimizer(self.model, self.lr, self.n_steps, weight_decay=self.weight_decay, hold=self.hold, **more)

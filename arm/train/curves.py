@@ -52,7 +52,7 @@ def read_curves(
         kept = sorted((s, v) for s, v in at.items() if math.isfinite(v))
         lost += len(at) - len(kept)
         if kept: out[k] = [s for s, _ in kept], [v for _, v in kept]
-    if lost: notes.append(f"{lost} values are not finite and are left out")
+    if lost: notes.append(f"{lost} value{' is' if lost == 1 else 's are'} not finite and left out")
     return out, notes
 
 # %% ../../nbs/49_train.curves.ipynb #0bf7d717

@@ -126,13 +126,14 @@ class EmojiPictures:
     "Training pictures of OpenMoji, true and derived, with captions; half of them are the two sides of an edit pair."
     def __init__(self,
         data:OpenMoji, # all pictures
-        derived:float=.3, # share of derived pictures among the single ones
+        derived:float=.3, # share of derived pictures among the single ones, and of pairs with an invented tone
         shift_px:int=3, # pictures are moved by up to so many px
     ):
         self.data, self.derived, self.shift_px = data, derived, shift_px
         self.true, self.made = data.ids("train"), [i for k in ("skin", "line") for i in data.ids("train", k)]
         self.kinds, self.invented = {}, DerivedPairs(data)
         for p in pairs(data, split="train"): self.kinds.setdefault(p.kind, []).append(p)
+        if not (self.kinds and self.made and self.invented.bases and self.invented.twins): raise ValueError("these pictures hold no edit pairs, derived pictures or invented tones; take all, or concepts with people")
 
     def rows(self,
         rng:Random, # decides everything

@@ -68,7 +68,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         storage_options=None, # not used
     ) -> None:
         "Write in one step."
-        with atomic_path(path) as tmp: torch.save(checkpoint, tmp)
+        with atomic_path(path) as tmp:
+            torch.save(checkpoint, tmp)
+            with open(tmp, "rb+") as f: os.fsync(f.fileno()) # on the disk before it has its name: there is no other checkpoint
 
     def load_checkpoint(self,
         path:str|Path, # of a checkpoint
@@ -77,6 +79,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         "Read it whole, or refuse it."
         if not Path(path).is_file(): raise ValueError(f"{path} does not exist; a run goes on from the last.ckpt in its folder")
         try: return super().load_checkpoint(path, *args, **kwargs)
+        except (PermissionError, MemoryError) as e: raise ValueError(f"{path} cannot be read ({e or type(e).__name__}); see to that, and start the same command again") from e
         except Exception as e: raise ValueError(f"{path} is damaged ({type(e).__name__}); move it away to begin this stage anew") from e
 
 # %% ../../nbs/42a_train.meanwhile.ipynb #effc1035

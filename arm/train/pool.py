@@ -78,6 +78,7 @@ class ShapesPool:
         worn:float=0., # share of sources and pictures asked about that are worn, see `worn_codes`
         canvases:tuple[tuple[int, int], ...]=CANVASES, # (rows, columns) of cells of the scenes
     ):
+        if n_scenes < len(canvases): raise ValueError(f"n_scenes={n_scenes}: at least one for each of {len(canvases)} canvases")
         if tokenizer.fsq.codebook_size > 2**16: raise ValueError(f"{tokenizer.fsq.codebook_size:,} codes: the pool keeps 16 bits of each; use a tokenizer of at most 65,536")
         self.items, self.plan, self.worn = [], plan, worn
         for k, (rows, cols) in enumerate(canvases):
@@ -222,5 +223,6 @@ def mixed_tokens(
         for i in range(batch_size):
             pool, shares = worlds[i % len(worlds)]
             samples.append(pool.sample(rng.choices(list(vars(shares)), list(vars(shares).values()))[0], rng, vocab, drop))
+        if world > 1: rng.shuffle(samples) # worlds take turns, and so would processes
         return split_batch(vocab, samples[rank::world], parts)
     return draw

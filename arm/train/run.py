@@ -52,6 +52,10 @@ class RunConfig:
     worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
     seed:int=0 # of everything
 
+    def __post_init__(self):
+        if not self.worlds or set(self.worlds) - {"shapes", "openmoji"}: raise ValueError(f"worlds={self.worlds!r}: name one or both of shapes, openmoji")
+        if few := [f"{k}={v}" for k, v in vars(self).items() if k.endswith(("_steps", "_batch", "scenes")) and v < 1]: raise ValueError(f"{few[0]}: at least 1; leave it out for the run's own")
+
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
@@ -67,10 +71,11 @@ def run_config(
     steps:int=0, # length of every stage; 0 takes the run's own
     batch:int=0, # size of every batch; 0 takes the run's own
     scenes:int=0, # scenes in the pool; 0 takes the run's own
+    seed:int=0, # of everything
 ) -> RunConfig: # the run, with what was asked for in place of its own numbers
     "A preset with other lengths or sizes."
     new = {f"{k}_steps": steps for k in ("teacher", "tokenizer", "decoder", "arm")} | {f"{k}_batch": batch for k in ("teacher", "tokenizer", "arm")} | {"scenes": scenes}
-    return replace(RunConfig.quick() if quick else RunConfig.shipped(), **{k: v for k, v in new.items() if v})
+    return replace(RunConfig.quick() if quick else RunConfig.shipped(), seed=seed, **{k: v for k, v in new.items() if v})
 
 # %% ../../nbs/43_train.run.ipynb #f3c5d265
 def fit(
@@ -84,10 +89,11 @@ def fit(
     every:int=250, # steps between checkpoints
     precision:str="auto", # Lightning's name, see `pick_precision`
     devices:int|str=1, # processes
-    strategy:str="auto", # Lightning's name
+    strategy:str="auto", # Lightning's name; for several processes "auto" is DDP that minds parts which a step leaves out
     num_workers:int=0, # processes that prepare batches
 ) -> L.LightningModule: # the trained module
     "Train with Lightning: CSV log, progress bar, a checkpoint every so many steps, and exact resume from it."
+    if strategy == "auto" and str(devices) != "1": strategy = "ddp_find_unused_parameters_true"
     if every < 1: raise ValueError(f"every={every}: steps between checkpoints are at least 1")
     out.mkdir(parents=True, exist_ok=True)
     last, note, precision = out / "last.ckpt", out / "precision.json", pick_precision(precision)
@@ -153,9 +159,10 @@ def train_teacher(
     *,
     batch:int=0, # pictures per step; 0 takes the run's own
     every:int=250, # steps between checkpoints
+    seed:int=0, # of everything: same seed, same weights
 ) -> None:
     "Stage 1: SigLIP towers and caption reader."
-    run = run_config(quick, steps, batch)
+    run = run_config(quick, steps, batch, seed=seed)
     path, n, text = Path(out) / "teacher", run.teacher_steps, default_tokenizer()
     if same_settings(path, run, *(what := ("worlds", "teacher_steps", "teacher_batch", "seed"))): return
     L.seed_everything(run.seed, verbose=False)
@@ -192,10 +199,11 @@ def train_tokenizer(
     *,
     batch:int=0, # pictures per step; 0 takes the run's own
     every:int=250, # steps between checkpoints and sheets of samples
+    seed:int=0, # of everything: same seed, same weights
 ) -> None:
     "Stages 2 and 3: codes under four objectives, then a better decoder for the same codes."
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
-    run = run_config(quick, steps, batch)
+    run = run_config(quick, steps, batch, seed=seed)
     path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
     asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed", stands=not joint)
     if same_settings(path, asked): return
@@ -242,9 +250,10 @@ def train_arm(
     batch:int=0, # documents per step; 0 takes the run's own
     scenes:int=0, # scenes in the pool; 0 takes the run's own
     every:int=250, # steps between checkpoints and sheets of samples
+    seed:int=0, # of everything: same seed, same weights
 ) -> None:
     "Stage 4: the transformer, on the codes of stage 2."
-    run = run_config(quick, steps, batch, scenes)
+    run = run_config(quick, steps, batch, scenes, seed)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
     asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed", stands=True)
     if same_settings(path, asked): return
@@ -270,14 +279,15 @@ def train_all(
     batch:int=0, # size of every batch; 0 takes the run's own
     scenes:int=0, # scenes in the pool; 0 takes the run's own
     every:int=250, # steps between checkpoints and sheets of samples
+    seed:int=0, # of everything: same seed, same weights
 ) -> None:
     "Every stage in order; finished ones are skipped, a broken-off one goes on from its checkpoint. The model lands in OUT/model."
-    train_teacher(out, quick, steps, batch=batch, every=every)
-    train_tokenizer(out, quick, steps, batch=batch, every=every)
-    train_tokenizer(out, quick, steps, stage="decoder", batch=batch, every=every)
-    train_arm(out, quick, steps, batch=batch, scenes=scenes, every=every)
-    changed = "".join(f" --{k} {v}" for k, v in dict(steps=steps, batch=batch, scenes=scenes).items() if v)
-    assemble(out, quick, run_config(quick, steps, batch, scenes), changed)
+    train_teacher(out, quick, steps, batch=batch, every=every, seed=seed)
+    train_tokenizer(out, quick, steps, batch=batch, every=every, seed=seed)
+    train_tokenizer(out, quick, steps, stage="decoder", batch=batch, every=every, seed=seed)
+    train_arm(out, quick, steps, batch=batch, scenes=scenes, every=every, seed=seed)
+    changed = "".join(f" --{k} {v}" for k, v in dict(steps=steps, batch=batch, scenes=scenes, seed=seed).items() if v)
+    assemble(out, quick, run_config(quick, steps, batch, scenes, seed), changed)
 
 def assemble(
     out:str="runs/tiny", # run folder with all stages done
@@ -287,6 +297,10 @@ def assemble(
 ) -> Path: # OUT/model
     "Put tokenizer, transformer and words into one folder that `Arm.from_pretrained` reads."
     run, text = run or run_config(quick), default_tokenizer()
+    said = config_to_dict(run)
+    for stage in ("teacher", "tokenizer", "decoder", "arm"):
+        held = load_json(folder(out, stage) / "settings.json")
+        if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in held.items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
     load_weights(model, load_tensors(folder(out, "arm") / "arm.safetensors"))
     arm = Arm(load_tokenizer(out), model, text)

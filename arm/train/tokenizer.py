@@ -294,6 +294,7 @@ class LitTokenizer(ProjectionLosses):
         self.n_steps, self.lr, self.stage, self.seed = n_steps, lr, stage, seed
         self.semantic_every, self.n_structure, self.palette, self.flip_rate, self.recolour, self.zero_share = semantic_every, n_structure, palette, flip_rate, recolour, zero_share
         if stage == "decoder": freeze(tokenizer.down)
+        else: tokenizer.down.requires_grad_(True) # it may have been frozen by an earlier stage
 
     def quantised(self, z:Tensor) -> Tensor: return self.tokenizer.fsq(z) # a quantizer that learns does more here
 

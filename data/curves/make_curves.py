@@ -3,19 +3,15 @@ import argparse
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def quick(out: Path, seed: int) -> None:
-    "`arm train all --quick --steps 120 --batch 8 --scenes 200`, with another seed in its configuration."
-    from arm.train import run
-    plain = run.run_config
-    run.run_config = lambda *args: replace(plain(*args), seed=seed)
-    try: run.train_all(str(out), True, 120, batch=8, scenes=200, every=120)
-    finally: run.run_config = plain
+    "`arm train all --quick --steps 120 --batch 8 --scenes 200 --seed SEED`."
+    from arm.train.run import train_all
+    train_all(str(out), True, 120, batch=8, scenes=200, every=120, seed=seed)
 
 
 def main() -> None:
