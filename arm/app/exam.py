@@ -20,6 +20,7 @@ from ..eval.bench import Result
 from ..eval.draw import Item, Layout, edit_with, generate, imagine_with, rewritten, sheet_of
 from .score import ODD, compute
 from ..core import atomic_path, load_json
+from ..tokenizer.renderfiles import digest
 
 # %% ../../nbs/91c_app.exam.ipynb #e9f69e17
 WITH_ANSWERS = ("pope", "mmbench", "seed", "gqa") # their scorers want the question file too, since it holds the right answers
@@ -133,6 +134,7 @@ def benchmark(
     key: list[str] | None = None, # further files that the scorer takes
     size: tuple[int, int] = (48, 48), # height and width of drawings in px
     seed: int = 0,         # of drawings
+    sampling: dict | None = None, # of drawings or edits, as for `imagine_with` and `edit_with`
     rewrite: str = "",     # as in `run_drawing`
     model: str = "",       # name of the model, recorded
     say: Callable[[str], None] = lambda text: None, # told how far it is
@@ -140,10 +142,10 @@ def benchmark(
     "Put a benchmark to a model."
     known = [*exams(), *DRAWINGS]
     if name not in known: raise ValueError(f"no benchmark {name!r}; choose one of {', '.join(known)}")
-    facts = dict(model=model, plan=bool(arm.card.get("plan")))
+    facts = dict(model=model, weights=digest(arm.model, arm.tokenizer), plan=bool(arm.card.get("plan"))) | (dict(sampling=sampling) if sampling else {})
     if name in DRAWINGS:
         bench = DRAWINGS[name]
-        make = edit_with(arm) if bench.edits else imagine_with(arm, size)
+        make = edit_with(arm, sampling) if bench.edits else imagine_with(arm, size, sampling)
         where, missing = run_drawing(name, make, data, out, seed=seed, rewrite=rewrite, facts=facts | ({} if bench.edits else dict(size=list(size))), say=say)
         return f"pictures: {where}" + (f" ({missing} items are missing: other processes are at work, or {out}/failed-*.json says why)" if missing else "") + f"; next, {bench.judged}", None
     if not images: raise ValueError(f"{name} asks about pictures; give their folder with --images")

@@ -68,7 +68,7 @@ def boxes_from(
         said = []
         for box, *_ in objects:
             part = image.crop((max(0, int(box[0])), max(0, int(box[1])), max(int(box[2]), int(box[0]) + 1), max(int(box[3]), int(box[1]) + 1)))
-            reply = chat.say(message(f"Which colour has the {name} in this picture? Reply with one of these words: {', '.join(geneval.COLORS)}.", [part]), hue)
+            reply = chat.say(message(f"Which colour is the {name} in this picture? Reply with one of these words: {', '.join(geneval.COLORS)}.", [part]), hue)
             if reply is None or hue(reply) is None: raise geneval.Silent(f"no colour for a {name}")
             said.append(hue(reply))
         return said

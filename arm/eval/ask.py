@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import save_json
+from ..core import load_json, save_json
 from ..data.pictures import fit_picture, open_picture
 from .bench import read_jsonl, write_jsonl
-from .draw import Item, Layout, ranks, start
+from .draw import Item, Layout, forget, ranks, start
 
 # %% ../../nbs/57f_eval.ask.ipynb #5c607940
 SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaVA's form of a prompt
@@ -57,6 +57,7 @@ def answer_all(
     "Answer what has no answer yet."
     out, (rank, world) = Path(out), ranks(rank, world)
     start(items, Layout("questions", 1, None, None), out, 0, facts or {})
+    forget(out, rank, world)
     have, mine, failed = read_answers(out), list(items)[rank::world], {}
     todo = [i for i in mine if i.id not in have]
     number = max((int(f.stem.partition("-")[2]) + 1 for f in (out / "answers").glob(f"{rank}-*.jsonl")), default=0) # a refused batch leaves a gap
@@ -102,14 +103,16 @@ def sit(
     out: str | Path,   # the run's folder; the official file goes to out/official
     *,
     form: str | None = None, # of the prompt; None takes the benchmark's habit
-    fill: str | None = None, # answer to questions that the model refuses; None: no official file while there are any
+    fill: str | None = None, # answer to questions that the model refused; None: no official file if there are any
     facts: dict | None = None, # recorded beside the form, such as the model
     batch: int = 64,   # questions at a time
     say: Callable[[str], None] = lambda text: None, # told how far it is
-) -> Path: # the official file or folder
+) -> Path | None: # the official file or folder; None while other processes are at work
     "Read questions, answer them, write the official file."
     form = exam.form if form is None else form
     if "{question}" not in form: raise ValueError(f"form {form!r} has no {{question}}; a model must be told what is asked")
     items = exam.items(Path(data), Path(images), form)
     answer_all(items, ask, out, facts={"form": form, **(facts or {})}, batch=batch, say=say)
-    return exam.write(items, in_order(items, read_answers(out), fill), Path(out) / "official")
+    answers, refused = read_answers(out), {k for f in Path(out).glob("failed-*.json") for k in load_json(f)}
+    if any(i.id not in answers and i.id not in refused for i in items): return None
+    return exam.write(items, in_order(items, answers, fill), Path(out) / "official")

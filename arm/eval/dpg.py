@@ -180,16 +180,18 @@ def score(
     if not scores: raise ValueError(f"{details[0]}: none of its {len(detail)} pictures has the questions of {tables[0].name}; the two must belong together")
     values, ranges = _values(scores, groups)
     whole, all_groups, lost = _score(questions, detail, False)
-    fixed = _values(whole, all_groups)[0] if not lost or set(lost) <= set(failed) and whole else {}
+    first = next((i for i, q in questions.items() if q[0].first), None)
+    rest = [i for i in lost if i != first] # the official script itself never asks the first question
+    fixed = _values(whole, all_groups)[0] if whole and set(rest) <= set(failed) else {}
     answers = [a for parts in detail.values() for _, t in parts for a in t]
-    faults = [f"the official script leaves out {len(failed)} pictures ({', '.join(failed[:3])}), here {len(lost)}"] if failed or lost else []
-    if first := next((i for i, q in questions.items() if q[0].first), None): faults.append(f"it skips the first question of {first!r}" + ("" if first not in detail or first in whole else ", which nobody asked in these files"))
+    faults = [f"the official script leaves out {len(failed)} pictures ({', '.join(failed[:3])}), here {len(lost)}"] if failed or rest else []
+    if first: faults.append(f"it skips the first question of {first!r}" + ("" if first not in detail or first in whole else ", which nobody asked in these files"))
     if odd := sum(a not in ("yes", "no") for a in answers): faults.append(f"{odd} of {len(answers)} answers are neither yes nor no, and count as no")
-    if short := sum(len(p) != 4 for p in detail.values()): faults.append(f"{short} pictures have other than 4 tiles")
+    if short := sum(len(p) != 4 for i, p in detail.items() if i != first): faults.append(f"{short} pictures have other than 4 tiles")
     if len(scores) != PROMPTS: faults.append(f"{len(scores)} of {PROMPTS} prompts in the mean")
     lines = ["L1 category scores:", *(f"\t{k[3:]}: {v}" for k, v in values.items() if k[:2] == "L1"), "L2 category scores:", *(f"\t{k[3:]}: {v}" for k, v in values.items() if k[:2] == "L2"), f"DPG-Bench score: {values['dpg']}"]
     return Result(name="dpg", protocol="DPG-Bench, official script on one process; judge and prompt form as in the run's records", values=values, lines=tuple(lines), intervals=ranges,
-                  corrected={k: fixed[k] for k in values if k in fixed and fixed[k] != values[k]}, faults=tuple(faults), complete=len(detail) - len(lost) == PROMPTS and not short)
+                  corrected={k: fixed[k] for k in values if k in fixed and fixed[k] != values[k]}, faults=tuple(faults), complete=len(detail) - len(rest) == PROMPTS and not short)
 
 def score_results(
     path: Path, # the text that the official script writes: picture, tile scores, mean; then its totals

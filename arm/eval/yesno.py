@@ -127,6 +127,7 @@ def _pope_result(values, fixed, lines, faults, parts, whole) -> Result:
     sure = lambda m, which: ratio_interval([[(image, *shares(m, s, t)) for image, s, t in rows] for _, rows in which])
     keys = {m: (mean(values[m]), mean(fixed[m]), sure(m, parts)) for m in MEASURES}
     if len(parts) > 1: keys |= {f"{p[0]}/{m}": (values[m][i], fixed[m][i], sure(m, [p])) for i, p in enumerate(parts) for m in MEASURES}
+    if missing := sorted({"adversarial", "popular", "random"} - {p[0] for p in parts}): faults.append(f"no split {', '.join(missing)}: papers quote the mean of the three; arm score pope takes three pairs ANSWERS LABELS")
     if any(v[0] != v[0] for v in keys.values()): faults.append("a ratio without items: the official script stops with a division by zero")
     return Result(name="pope", protocol=f"evaluate.py, {len(parts)} split(s): {', '.join(p[0] for p in parts)}", values={k: v[0] for k, v in keys.items()}, lines=tuple(lines),
                   intervals={k: v[2] for k, v in keys.items() if v[2]}, corrected={k: v[1] for k, v in keys.items() if abs(v[1] - v[0]) > 1e-9}, faults=tuple(faults),

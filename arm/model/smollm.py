@@ -168,7 +168,7 @@ def run_variant(
     return rows
 
 def main(
-    n_steps: int = 40, # of each variant: a minute or two on one core
+    n_steps: int = 40, # of each variant
     every: int = 10, # steps between measurements
     names: list[str] | None = None, # variants; None: all
     record: str | Path = RECORD, # table to write; rows of other variants stay

@@ -66,6 +66,7 @@ class Sighted(nn.Module):
         **options,
     ) -> Tensor: # (B, 3, H, W) in [-1, 1]
         "Images that the indices name."
+        if indices.numel() and indices.max() >= self.fsq.codebook_size: raise ValueError(f"index {int(indices.max())}: it must lie in [0, {self.fsq.codebook_size}); is a text id among them?")
         return self.tokenizer.decode(indices.clamp(max=self.tokenizer.fsq.codebook_size - 1), *args, **options)
 
 # %% ../../nbs/45b_train.downstream.ipynb #2518902f

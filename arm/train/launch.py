@@ -16,15 +16,13 @@ from random import Random
 import torch
 from ..core import config_from_dict, load_json, load_metadata, make_rng, same_settings
 from ..data.openmoji import DATA
-from ..data.pictures import fit_picture
 from ..data.text import TextTokenizer
 from ..model.export import export_hub
 from ..model.hub import Growth, hub_config, load_hub
 from ..model.packing import within_documents
 from ..model.sequence import Batch, Sample, Vocab, pack
-from ..model.tasks import Arm
 from ..model.transformer import ARM, ARMConfig
-from .borrowed import load_painter
+from .borrowed import load_encoder, load_painter
 from .cost import Sharding, parameter_counts
 from .place import place, seats
 from .plan import FREE, GPUS, STAGES, describe, step_time
@@ -107,7 +105,7 @@ def by_task(
 
 def shard_rows(
     folders:str, # of shards, see `by_task`
-    arm:Arm|None, # its tokenizer encodes pictures; None if shards hold codes
+    encode:Callable[[list], list[torch.Tensor]]|None, # pictures to (h, w) codes, see `load_encoder`; None if shards hold codes
     words:TextTokenizer, # words to ids
     vocab:Vocab, # id space
     mixture:dict[str, float], # kind of data -> share among the documents
@@ -118,22 +116,21 @@ def shard_rows(
     seed:int, # of order and wordings
     log:Path, # file for damaged samples
 ) -> Callable[[int, int, int], list[Batch]]: # what `fit_spread` takes
-    "Packed rows from shards; as many documents per step as fill them on average."
+    "Packed rows from shards; as many documents per step as nearly every row has room for."
     if rows % shares: raise ValueError(f"rows={rows} in {shares} equal shares (processes, times pieces of accumulation): take a multiple of {shares}")
     from arm.train.shards import Shards
     from arm.train.stream import ShardedTokens, stage_sources
-    see = lambda pictures: [c.view(*g) for c, g in arm.encode([fit_picture(p, arm.card["grids"], arm.patch)[0] for p in pictures])]
     told = by_task(folders)
     Shards([f for of in told.values() for f in of]) # all together: they must hold codes of one tokenizer
     held = {task: Shards(of, codebook_size=vocab.codebook_size) for task, of in told.items()}
     stream = ShardedTokens(stage_sources(mixture, {task: held[task] if task in held else held.get("") for task in mixture}), vocab, words, shares, seed=seed,
-                           encode=see if arm else None, drop=drop, parts=rows // shares, max_tokens=row, multiple=row, log=log) # one length: what is compiled is compiled once
+                           encode=encode, drop=drop, parts=rows // shares, max_tokens=row, multiple=row, log=log) # one length: what is compiled is compiled once
     stream.batch_size = max(shares, rows * stream.that_fit(row))
     return stream
 
 def open_rows(
     data:str, # folders of shards, or "shapes"
-    painter:str, # model folder with the picture tokenizer
+    painter:str, # folder with the picture tokenizer, see `load_painter`
     words:TextTokenizer, # words to ids
     vocab:Vocab, # id space
     mixture:dict[str, float], # kind of data -> share among the documents
@@ -151,7 +148,7 @@ def open_rows(
         draw(0, 0, shares)
         return draw
     if absent := [f for of in by_task(data).values() for f in of if not f.is_dir()]: raise ValueError(f"data={data!r} is not 'shapes', and {absent[0]} is no folder of shards")
-    return shard_rows(data, Arm.from_pretrained(painter) if painter else None, words, vocab, mixture, rows, row, shares, drop, seed, log)
+    return shard_rows(data, load_encoder(painter) if painter else None, words, vocab, mixture, rows, row, shares, drop, seed, log)
 
 # %% ../../nbs/48d_train.launch.ipynb #ad482037
 def read_start(
@@ -233,7 +230,7 @@ def train_stage(
     base:str="", # Qwen2.5 folder, or the model folder of the stage before
     *,
     data:str="shapes", # folders of shards with commas between them, some as TASK=FOLDER, or "shapes" for a trial
-    painter:str="", # model folder with the picture tokenizer; needed where data holds pictures instead of codes
+    painter:str="", # model folder with the picture tokenizer, or CODES,TOWERS (see `load_painter`); needed where data holds pictures instead of codes
     mixture:dict[str, float]|None=None, # kind of data -> share; None: pre-training's
     steps:int=100, # length of the run
     rows:int=8, # packed rows of a step, all processes together
@@ -268,7 +265,7 @@ def train_stage(
         if here.rank == 0: print(say_plan(stage_plan(stage, read_start(base, growth)[0] if known else ARMConfig.paper(), sharding, rows, row, steps, accumulate, gpu)) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet"))
         return
     seats(gpus, here)
-    settings = dict(stage=stage, base=str(base), data=data, painter=str(painter), mixture=mixture or PT, steps=steps, rows=rows, row=row, lr=lr, warmup=warmup, hold=hold, weight_decay=weight_decay, drop=drop,
+    settings = dict(stage=stage, base=str(base), data=data, painter=str(painter), mixture=mixture or PT, steps=steps, row=row, lr=lr, warmup=warmup, hold=hold, weight_decay=weight_decay, drop=drop,
                                groups=groups, seed=seed, bf16=bf16)
     if same_settings(out, settings, done="model"): return
     cfg, read = read_start(base, growth)

@@ -12,6 +12,7 @@ import lightning as L, torch
 from torch import Tensor
 from ..core import config_from_dict, load_json, make_generator, make_rng, same_settings
 from ..data.openmoji import DATA
+from ..data.shapes import CANVASES, CELL
 from ..model.tasks import Arm
 from ..tokenizer.flux import LatentRenderer, RendererConfig, make_renderer, token_features
 from ..tokenizer.fluxtune import flow_loss, load_renderer, save_renderer
@@ -96,12 +97,13 @@ def train_flux(
     if (devices < 1 or batch % devices): raise ValueError(f"batch={batch} on devices={devices}: each process takes an equal share of at least one picture; make the batch a multiple")
     tokenizer = _tokens(model, codes, siglip)
     n, px = side // tokenizer.cfg.patch_size, tokenizer.cfg.patch_size
+    if data != "shapes" and n < 1: raise ValueError(f"side={side}: smaller than a patch of {px} px; choose more")
     stream = ShapesPictures(0.) if data == "shapes" else ShardPictures(data, [(n, n)], px)
     renderer = _painter(family, trainable, rank, source, tokenizer, seed, revision)
     if checkpointing: renderer.transformer.enable_gradient_checkpointing()
     look = stream(make_rng(seed, "look"), 4).images
     ids, grid = tokenizer.encode(look), tokenizer.grid(look)
-    renderer.latent_size(grid) # refuses sizes that this painter cannot paint, before anything is trained
+    for g in [(r * CELL // px, c * CELL // px) for r, c in CANVASES] if data == "shapes" else [grid]: renderer.latent_size(g) # refuses sizes that this painter cannot paint, before anything is trained
     L.seed_everything(seed, verbose=False)
     same_settings(Path(out) / "training", settings, done="../flux/renderer.json", begin=True)
     module = fit(LitFlux(renderer, tokenizer, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "flux", samples=lambda: torch.cat([look, renderer.render(ids, grid).cpu()]),

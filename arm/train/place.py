@@ -69,7 +69,7 @@ def stopped(
     "One line for a job that ended early: who speaks, why, and where the run goes on."
     out = Path(out)
     words = " ".join(str(why).split())[:200]
-    lost = isinstance(why, RuntimeError) and any(w in str(why).lower().replace("restore", "") for w in ("connection", "gloo", "nccl", "store", "timeout", "timed out"))
+    lost = isinstance(why, RuntimeError) and any(w in str(why).lower().replace("restore", "") for w in ("connection", "gloo", "store", "timeout", "timed out", "remote process exited"))
     said = "lost another process; the launcher's report names it" if lost else words or type(why).__name__
     step = load_json(out / "last.json")["step"] if (out / "last.json").is_file() else 0
     if isinstance(why, BaseException) and out.is_dir():
@@ -104,6 +104,7 @@ def work_and_leave(
             with contextlib.suppress(OSError): (folder / f"process-{here.rank}.error").write_text("".join(traceback.format_exception(e)))
         one_voice(folder, " ".join(str(e).split()), here.world == 1); code = 2
     except KeyboardInterrupt: stopped(out(), "interrupted", here); code = 130
+    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None) # --help
     except BaseException as e: stopped(out(), e, here); code = 1
     leave(code, here.launched)
     return code

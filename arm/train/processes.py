@@ -44,9 +44,13 @@ def run_processes(
     logs = [out / f"process-{r}.log" for r in range(n)]
     procs = [ctx.Process(target=_as_process, args=(target, r, n, port, str(logs[r]), args)) for r in range(n)]
     for p in procs: p.start()
-    while all(p.exitcode in (None, 0) for p in procs):
-        if all(p.exitcode == 0 for p in procs): return
-        time.sleep(.05)
+    try:
+        while all(p.exitcode in (None, 0) for p in procs):
+            if all(p.exitcode == 0 for p in procs): return
+            time.sleep(.05)
+    except BaseException: # an interrupt: nobody goes on alone
+        for p in procs: p.kill()
+        raise
     time.sleep(.3) # the others notice at once that a connection is gone; who died of a signal was the first
     dead = min((p for p in procs if p.exitcode), key=lambda p: p.exitcode > 0)
     rank, code = procs.index(dead), dead.exitcode

@@ -63,7 +63,7 @@ class RunConfig:
 
     @classmethod
     def quick(cls) -> "RunConfig":
-        "Shapes alone, for a coffee break."
+        "Shapes alone, a short run."
         return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=2400, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
 
 def run_config(

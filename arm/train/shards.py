@@ -74,7 +74,8 @@ def read_words(
         return kind, dict(text=text[0])
     if kind == "edit":
         if n != 2: raise Damage("missing", f"{n} pictures, 2 needed")
-        return kind, dict(instruction="".join(_texts(data.get("instruction"), "instruction")))
+        if not (said := _texts(data.get("instruction"), "instruction")): raise Damage("words", "no instruction")
+        return kind, dict(instruction=" ".join(said))
     if kind == "interleaved":
         if not isinstance(data.get("parts"), list) or not all(isinstance(p, str) or type(p) is int and 0 <= p < n for p in data["parts"]) or not any(type(p) is int for p in data["parts"]): raise Damage("words", "parts")
         return kind, dict(parts=data["parts"])
@@ -205,7 +206,8 @@ def index_shards(
     "List all shards of a folder in `index.json`: needed once, for shards that `arm shards convert` did not write."
     rows = [list_shard(p) for p in sorted(Path(folder).glob("*.tar"))]
     if not rows: raise ValueError(f"{folder} holds no .tar file; give the folder of the shards")
-    index = dict(format=1, samples=dict(sum((Counter(r["samples"]) for r in rows), Counter())), shards=rows)
+    old = load_json(Path(folder) / "index.json") if (Path(folder) / "index.json").is_file() else {}
+    index = dict(format=1, **({"made": old["made"]} if "made" in old else {}), samples=dict(sum((Counter(r["samples"]) for r in rows), Counter())), shards=rows)
     save_json(Path(folder) / "index.json", index)
     return index
 
@@ -238,6 +240,9 @@ class Shards:
             for path, n in rows: self.paths.append(path); self.samples.append(n)
             if codes: self.codes.setdefault(codes, folder)
         if len(self.codes) > 1: raise ValueError(f"{' and '.join(map(str, self.codes.values()))} hold codes of different picture tokenizers, and a code means nothing without its own; convert them anew with one, or train on one of them")
+
+    def __del__(self):
+        for fd, _ in getattr(self, "open", {}).values(): os.close(fd)
 
     def __getstate__(self): return {**self.__dict__, "open": OrderedDict()} # a process that prepares batches opens its own files
 

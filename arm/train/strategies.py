@@ -222,7 +222,7 @@ class SpreadData(StepData):
         t, k = self.trainer, self.accumulate
         at = getattr(t.strategy, "distributed_sampler_kwargs", None) or dict(rank=0, num_replicas=1)
         data = StepDataset(self.piece, self.n_steps * k, at["rank"], at["num_replicas"])
-        return DataLoader(data, batch_size=None, sampler=StepSampler(self.n_steps * k, lambda: t.global_step * k), num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
+        return DataLoader(data, batch_size=None, sampler=StepSampler(self.n_steps * k, lambda: t.global_step * k), num_workers=(w := min(self.num_workers, 1) if k > 1 else self.num_workers), persistent_workers=w > 0) # pieces of a step are drawn together, so by one worker
 
 # %% ../../nbs/48_train.strategies.ipynb #f75ae929
 class Checkpoints(Callback):
