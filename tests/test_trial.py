@@ -82,7 +82,7 @@ def test_one_command_draws_judges_and_scores(name, tmp_path, capsys, monkeypatch
     (tmp_path/"gpt_eval.py").write_text(WISE); (tmp_path/"vie_prompts.py").write_text(GEDIT)
     extra = {"wise": ["--key", str(tmp_path/"gpt_eval.py")], "gedit": ["--key", str(tmp_path/"vie_prompts.py")]}.get(name, [])
     with serve(perfect) as (url, calls):
-        args = ["eval", name, "--model", TINY, "--data", str(DATA[name]), "--judge", url, "--out", str(tmp_path/"run"), "--size", "32x32", "--json", str(tmp_path/"s.json"), *extra]
+        args = ["eval", name, "--model", TINY, "--data", str(DATA[name]), "--judge", url, "--out", str(tmp_path/"run"), *([] if name == "gedit" else ["--size", "32x32"]), "--json", str(tmp_path/"s.json"), *extra]
         assert main(args) == 0, capsys.readouterr().err
         out, n = capsys.readouterr().out, len(calls)
         assert main(args) == 0

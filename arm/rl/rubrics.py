@@ -104,6 +104,7 @@ def read_reply(
     rubric:Rubric, # what it was asked
 ) -> tuple[tuple[float, ...], str]: # its notes and its reasons
     "Notes of a reply, or a `ValueError` that says why there are none."
+    if not isinstance(content, str): raise ValueError(f"a reply is text, not {type(content).__name__}")
     text = content.rpartition("</think>")[2] # thoughts, whether or not their beginning is part of the reply
     if "<think>" in text: raise ValueError("the reply ends within its thoughts; allow more max_tokens")
     start, end = text.find("{"), text.rfind("}")

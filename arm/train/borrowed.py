@@ -160,7 +160,7 @@ def train_codes(
     if module.global_rank == 0:
         tokenizer.settle()
         save_tensors(done / "tokenizer.safetensors", tokenizer.state_dict())
-        save_json(done / "grids.json", [list(g) for g in grids])
+        save_json(done / "grids.json", dict(grids=grids))
         save_json(done / "tokenizer.json", config_to_dict(tokenizer.cfg)) # last: it says that all is there
     module.trainer.strategy.barrier()
 
@@ -189,5 +189,5 @@ def load_encoder(
     tokenizer, folder = load_painter(name), Path(str(name).partition(",")[0].strip())
     own = (Path(name) / "config.json").is_file()
     file = Arm.file(name, "tokenizer.safetensors") if own else folder / "tokenizer.safetensors"
-    grids = load_json(Path(name) / "config.json")["card"]["grids"] if own else load_json(folder / "grids.json")
+    grids = load_json(Path(name) / "config.json")["card"]["grids"] if own else load_json(folder / "grids.json")["grids"]
     return PictureEncoder(tokenizer.to(device), [tuple(g) for g in grids], name=file_sum(file)[:16], device=device)

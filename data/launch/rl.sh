@@ -6,6 +6,6 @@ set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" TQDM_DISABLE=1
 base=runs/sft/model
 for phase in t2i edit joint; do
-  torchrun --nnodes "${NODES:-10}" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id arm-rl --max-restarts "${RESTARTS:-3}" -m arm.app.launch rl --config data/launch/rl.yaml --phase "$phase" --base "$base" --out "runs/rl/$phase" "$@"
+  torchrun --nnodes "${NODES:-10}" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id arm-rl-$phase --max-restarts "${RESTARTS:-3}" -m arm.app.launch rl --config data/launch/rl.yaml --phase "$phase" --base "$base" --out "runs/rl/$phase" "$@"
   base="runs/rl/$phase/model"
 done
