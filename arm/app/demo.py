@@ -178,6 +178,7 @@ def before_and_after(before: Arm, # the model that training went on from
     how = f"Both at temperature 1 with the same seeds; before is {before.card['name']}, after is {after.card['name']}. The score counts the model after."
     return [Section("Before and after: words to pictures", how, made), Section("Before and after: edits", how, edited)]
 
+# %% ../../nbs/91_app.demo.ipynb #45f2ab1f
 def demo_report(model: Arm, # any model
                 *, seed: int = 0, # chooses the cases and seeds the draws
                 before: Arm | None = None, # the model that its training went on from, to be shown beside it

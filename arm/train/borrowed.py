@@ -164,6 +164,7 @@ def train_codes(
         save_json(done / "tokenizer.json", config_to_dict(tokenizer.cfg)) # last: it says that all is there
     module.trainer.strategy.barrier()
 
+# %% ../../nbs/47d_train.borrowed.ipynb #3376ecd4
 def load_codes(
     folder:str|Path, # OUT/codes of `train_codes`
     siglip:str|Path, # folder of the towers

@@ -241,9 +241,7 @@ class Shards:
             if codes: self.codes.setdefault(codes, folder)
         if len(self.codes) > 1: raise ValueError(f"{' and '.join(map(str, self.codes.values()))} hold codes of different picture tokenizers, and a code means nothing without its own; convert them anew with one, or train on one of them")
 
-    def __del__(self):
-        for fd, _ in getattr(self, "open", {}).values(): os.close(fd)
-
+    def __del__(self): [os.close(fd) for fd, _ in getattr(self, "open", {}).values()]
     def __getstate__(self): return {**self.__dict__, "open": OrderedDict()} # a process that prepares batches opens its own files
 
     def counts(self,
