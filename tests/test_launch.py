@@ -159,6 +159,12 @@ def test_the_files_are_the_ones_that_the_command_writes(stage, tmp_path):
         assert os.access(FILES/f"{stage}.{end}", os.X_OK)
 
 
+@pytest.mark.parametrize("typed", [["--help"], ["sft", "--help"]])
+def test_help_is_no_failure(typed, capsys):
+    assert launch.main(typed) == 0
+    assert "stopped" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", launch.TITLES)
 def test_both_launchers_start_the_same_command_on_the_papers_gpus(stage, tmp_path):
     for name in ("srun", "torchrun"):

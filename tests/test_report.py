@@ -165,6 +165,20 @@ def test_before_and_after_rewards(tmp_path):
     assert "before: start" in page.text and "+0.300 better" in page.text and "+0.000 within the intervals" in page.text and "-0.130 worse" in page.text and "seed 3" in page.text
 
 
+def test_a_start_is_found_in_the_folders_that_trainings_leave(tmp_path):
+    model(tmp_path/"sft"/"model", {"shapes/t2i/strict/t1": .5})
+    model(tmp_path/"rl"/"model", {"shapes/t2i/strict/t1": .8}, rl=[dict(phase="joint", start="sft", run=dict(steps=480, seed=3))])
+    for runs in ([tmp_path/"rl"], [tmp_path/"sft", tmp_path/"rl"]):
+        page = checked(run_report([read_run(r) for r in runs], REFERENCES))
+        assert "+0.300 better" in page.text
+
+
+def test_phases_of_a_recipe_stand_in_their_order(tmp_path):
+    for k, phase in enumerate(("t2i", "edit", "joint")): model(tmp_path/phase/"model", {"shapes/t2i/strict/t1": .5 + .1 * k}, rl=[dict(phase=p, start="tiny", run={}) for p in ("t2i", "edit", "joint")[:k + 1]])
+    run = read_run(tmp_path)
+    assert [m.name for m in run.models] == ["t2i/model", "edit/model", "joint/model"] and run.scores["shapes/t2i/strict/t1"][0] == .7
+
+
 def test_shipped_models_are_compared(tmp_path):
     page = checked(write_run_report([ROOT/"data"/"models"/"tiny", ROOT/"data"/"models"/"tiny-rl"], tmp_path/"r.html").read_text())
     assert "arm train grpo --out runs/rl --model runs/sft/model" in page.text and "better" in page.text and "shapes/qa" in page.text
