@@ -72,8 +72,10 @@ def documented(name, thing) -> list[str]:
     if inspect.isclass(thing) and "__init__" not in thing.__dict__ and not hasattr(thing, "__dataclass_fields__"): return missing
     try: notes = docments(thing, full=True, returns=False)
     except Exception as e: return missing + [f"{name}: docments cannot be read ({type(e).__name__}: {e})"]
+    above = [b for b in thing.__mro__[1:] if hasattr(b, "__dataclass_fields__")] if inspect.isclass(thing) else []  # whose fields are said there
+    told = {p for b in above for p, note in docments(b, full=True, returns=False).items() if note.get("docment")}
     for parameter, note in notes.items():
-        if parameter in ("self", "return", "args", "kwargs"): continue
+        if parameter in ("self", "return", "args", "kwargs") or parameter in told: continue
         if not note.get("docment"): missing.append(f"{name}: parameter {parameter} has no comment")
     return missing
 

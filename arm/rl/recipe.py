@@ -163,12 +163,12 @@ def grpo_recipe(
     num_generations:int=16, # samples per item
     words:bool=False, # learn from the words before a picture, too: each drawing has its own
     replay:int=32, # supervised documents beside each update
-    **options, # of every phase: worlds, lr, beta, updates, loss, rewards and more, see `train_grpo`
+    **kwargs, # of every phase: worlds, lr, beta, updates, loss, rewards and more, see `train_grpo`
 ) -> Path: # the last model folder
     "Text to image, then edits, then both (ARM sec. 5, as reported); a broken-off recipe goes on where it stood."
     if wrong := [p for p in phases if p not in PHASES]: raise ValueError(f"phase {wrong[0]!r} is unknown; use some of {', '.join(PHASES)}")
     if len(set(phases)) != len(phases) or not phases: raise ValueError(f"phases {phases!r}: each phase has a folder of its own name; name each once, and at least one")
     for phase in phases:
-        train_grpo(str(Path(out) / phase), phase, model, steps=steps, n_prompts=n_prompts, num_generations=num_generations, words=words, replay=replay, seed=seed, **options)
+        train_grpo(str(Path(out) / phase), phase, model, steps=steps, n_prompts=n_prompts, num_generations=num_generations, words=words, replay=replay, seed=seed, **kwargs)
         model = str(Path(out) / phase / "model")
     return Path(model)
