@@ -18,6 +18,7 @@ from PIL import Image
 
 import arm
 from ..core import atomic_write, load_json, pick_precision, save_json
+from ..rl.prompts import PHASES
 from ..train.curves import Curve, read_curves
 
 # %% ../../nbs/90a_app.runs.ipynb #7b143437
@@ -95,7 +96,6 @@ def started(
         raise
 
 # %% ../../nbs/90a_app.runs.ipynb #85d45f10
-_PHASES = ("t2i", "edit", "joint") # folders of a recipe's phases, in order
 ORDER = ("teacher", "tokenizer", "decoder", "arm", "sft") # as they are trained; anything else comes after
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def read_run(
     named = [(f, str(f.relative_to(path)) if f != path else path.resolve().name) for f in folders]
     stages = [s for s in (read_stage(*f) for f in named) if s]
     models = [m for m in (read_model(*f) for f in named) if m]
-    turn = lambda name: (_PHASES.index(name) if name in _PHASES else -1, name)
+    turn = lambda name: (list(PHASES).index(name) if name in PHASES else -1, name) # phases of a recipe in their order
     models.sort(key=lambda m: (len(m.card["rl"]) if isinstance(m.card.get("rl"), list) else 0, m.name))
     stages.sort(key=lambda s: (turn(Path(s.name).parent.name), ORDER.index(s.kind) if s.kind in ORDER else len(ORDER), s.name))
     scores, notes = ({}, []) if any(m.path == path for m in models) else read_scores(path)

@@ -20,7 +20,7 @@ from .reference import check_answers, check_data, check_scorer, plain
 from .score import ODD, compute
 from ..core import load_json, save_json
 from ..eval.bench import Result
-from ..eval.draw import rewritten
+from ..eval.draw import refusals, rewritten
 from ..train.place import place
 
 # %% ../../nbs/91j_app.trial.ipynb #d578a958
@@ -115,7 +115,7 @@ def trial(
     if t.name in exams() or who is None: return text, _told(t, result)
     out, items = Path(t.out), DRAWINGS[t.name].read(Path(t.data))
     files = DRAWINGS[t.name].layout.files
-    failed = {k for f in out.glob("failed-*.json") for k in load_json(f)}
+    failed = refusals(out)
     gone = [i for i in items if not all(f.is_file() for f in files(out / "images", i))]
     if left := [i for i in gone if i.id not in failed]: return f"this process is done; {len(left)} of {len(items)} items are left to others, and whoever finishes last asks the judge", None
     with _official(t): paths, silent = judge_run(t.name, who, items, out / "images", out, beside(t.name, t.data, t.key) if t.name == "dpg" else None)

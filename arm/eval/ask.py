@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import load_json, save_json
+from ..core import save_json
 from ..data.pictures import fit_picture, open_picture
 from .bench import read_jsonl, write_jsonl
-from .draw import Item, Layout, forget, ranks, start
+from .draw import Item, Layout, forget, ranks, refusals, start
 
 # %% ../../nbs/57f_eval.ask.ipynb #5c607940
 SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaVA's form of a prompt
@@ -113,6 +113,6 @@ def sit(
     if "{question}" not in form: raise ValueError(f"form {form!r} has no {{question}}; a model must be told what is asked")
     items = exam.items(Path(data), Path(images), form)
     answer_all(items, ask, out, facts={"form": form, **(facts or {})}, batch=batch, say=say)
-    answers, refused = read_answers(out), {k for f in Path(out).glob("failed-*.json") for k in load_json(f)}
+    answers, refused = read_answers(out), refusals(out)
     if any(i.id not in answers and i.id not in refused for i in items): return None
     return exam.write(items, in_order(items, answers, fill), Path(out) / "official")

@@ -36,12 +36,18 @@ class Rounded(nn.Module):
         self.n_bits = (fsq.codebook_size - 1).bit_length()
         self.codebook_size, self.codes_to_indices = 2**self.n_bits, fsq.codes_to_indices
 
+    def known(self,
+        indices:Tensor, # (...) int64 in [0, 2**n)
+    ) -> Tensor: # (...) the same, those beyond the codebook at its end
+        "Indices that the quantizer itself has."
+        if indices.numel() and indices.max() >= self.codebook_size: raise ValueError(f"index {int(indices.max())}: it must lie in [0, {self.codebook_size}); is a text id among them?")
+        return indices.clamp(max=self.fsq.codebook_size - 1)
+
     def indices_to_codes(self,
         indices:Tensor, # (...) int64 in [0, 2**n)
     ) -> Tensor: # (..., Q) float32 codes
-        "Codes of indices, those beyond the codebook at its end."
-        if indices.numel() and indices.max() >= self.codebook_size: raise ValueError(f"index {int(indices.max())}: it must lie in [0, {self.codebook_size}); is a text id among them?")
-        return self.fsq.indices_to_codes(indices.clamp(max=self.fsq.codebook_size - 1))
+        "Codes of indices."
+        return self.fsq.indices_to_codes(self.known(indices))
 
 class Sighted(nn.Module):
     "A tokenizer together with the frozen towers whose features it reads."
@@ -66,8 +72,7 @@ class Sighted(nn.Module):
         **options,
     ) -> Tensor: # (B, 3, H, W) in [-1, 1]
         "Images that the indices name."
-        if indices.numel() and indices.max() >= self.fsq.codebook_size: raise ValueError(f"index {int(indices.max())}: it must lie in [0, {self.fsq.codebook_size}); is a text id among them?")
-        return self.tokenizer.decode(indices.clamp(max=self.tokenizer.fsq.codebook_size - 1), *args, **options)
+        return self.tokenizer.decode(self.fsq.known(indices), *args, **options)
 
 # %% ../../nbs/45b_train.downstream.ipynb #2518902f
 def deal(
