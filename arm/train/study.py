@@ -240,7 +240,7 @@ STUDIES:dict[str, Study] = {
         "cap alone": asked("cap"), "pix alone": asked("pix"), "sig alone": asked("sig"), "feat alone": asked("feat"),
         "all four, even": Variant(tokenizer=published(EVEN)), "cap + pix + sig, even": asked("cap", "pix", "sig", weights=EVEN)}),
     "long": Study(question="Does the order turn when the training is three times as long?", variants={
-        name: replace(v, steps=2400, score_every=400) for name, v in {"all four": Variant(), "cap + pix": asked("cap", "pix"), "all four, even": Variant(tokenizer=published(EVEN))}.items()}),
+        name: replace(v, steps=2400, score_every=400) for name, v in {"all four": Variant(), "cap + pix": asked("cap", "pix"), "cap + pix + sig": asked("cap", "pix", "sig"), "cap + pix + feat": asked("cap", "pix", "feat"), "all four, even": Variant(tokenizer=published(EVEN))}.items()}),
     "weights": Study(question="Which weights are right at this size, and does balancing the gradients find them?", variants={
         "1/5/5/1": Variant(), "1/1/1/1": weighted(1, 1, 1, 1), "1/20/5/1": weighted(1, 20, 5, 1), "1/5/1/1": weighted(1, 5, 1, 1), "1/5/.5/1": weighted(1, 5, .5, 1),
         "1/5/.1/1": Variant(tokenizer=published(EVEN)), "5/5/5/1": weighted(5, 5, 5, 1), "1/5/5/5": weighted(1, 5, 5, 5), "balanced": Variant(balance=True)}),
