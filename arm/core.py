@@ -58,15 +58,18 @@ def atomic_path(path: str | Path, # the file to create or replace; missing folde
                 ) -> Iterator[Path]: # a temporary path in the same folder, with the same suffix, to write to
     "A path to write to that takes its final name when the block ends well, and vanishes when it does not."
     path = Path(path)
-    tmp = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    goal = Path(os.path.realpath(path)) if os.path.islink(path) else path # a link stays, and what it leads to is replaced
+    tmp = goal.with_name(f".tmp-{secrets.token_hex(4)}{goal.suffix[:16]}") # short, so that every legal name can be written
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir(): raise IsADirectoryError(0, "it is a folder", str(tmp))
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(goal): raise IsADirectoryError(0, "it is a folder", str(tmp))
+        if os.path.lexists(goal) and not os.path.isfile(goal): raise OSError(0, "it is no regular file", str(tmp))
+        if os.path.isfile(goal) and not os.access(goal, os.W_OK): raise PermissionError(0, "it is read-only", str(tmp))
         tmp.touch()
         yield tmp
-        os.replace(tmp, path)
+        os.replace(tmp, goal)
     except OSError as e:
-        if e.filename is not None and str(e.filename) not in (str(tmp), *map(str, path.parents)): raise
+        if e.filename is not None and str(e.filename) not in (str(tmp), *map(str, goal.parents)): raise
         raise ValueError(f"cannot write {path}: {e.strerror}; choose a path in a folder that you can write to") from e
     finally:
         try: tmp.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from tools.strangers import encoded, files, note, png, png16, refusal, run, scen
 
 from arm.app import terminal
 from arm.app.cli import main
+from arm.core import atomic_write
 
 ARM = Path(sys.executable).parent/"arm"
 RIGHT = scene()  # 48 px wide, 32 px high
@@ -243,6 +244,66 @@ def test_refuses_a_folder_without_permission(here, model, monkeypatch):
     Path("locked").mkdir(mode=0o555)
     if os.geteuid() == 0: monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")  # root may write anywhere
     for argv in (["imagine", "a cat", "-o", "locked/out.png"], ["demo", "--out", "locked"], ["eval", "--json", "locked/s.json"]): assert "writable" in refused(here, *argv, "--model", model)
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    "A test that fails must not replace a device of this machine."
+    real = os.replace
+
+    def replace(source, target):
+        assert not os.path.realpath(target).startswith("/dev/"), f"{target} would have been replaced"
+        real(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_devices_and_pipes_are_no_place_to_write_to(here, model, no_device):
+    os.mkfifo("pipe.png")
+    Path("null.png").symlink_to("/dev/null")
+    Path("loop.png").symlink_to("loop.png")
+    for out in ("pipe.png", "null.png", "loop.png"): assert "no regular file" in refused(here, "imagine", "a cat", "-o", out, "--model", model)
+    for out in ("/dev/null", "pipe.png"):
+        for argv in (["eval", "--n", 2, "--worlds", "shapes", "--json", out], ["bench", "encoding", "--repeats", 1, "--json", out], ["report", model, "-o", out]): assert "no regular file" in refused(here, *argv)
+    assert Path("pipe.png").is_fifo() and Path("/dev/null").is_char_device() and Path("null.png").is_symlink()
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(here, model):
+    Path("album").mkdir()
+    RIGHT.save("album/a.png")
+    Path("link.png").symlink_to("album/a.png")
+    Path("new.png").symlink_to("album/b.png")
+    for link in ("link.png", "new.png"): assert run("imagine", "a cat", "-o", link, "--model", model)[0] == 0
+    assert Path("link.png").is_symlink() and Path("new.png").is_symlink()
+    assert Image.open("album/a.png").size == Image.open("album/b.png").size == (48, 48) and len(files(here/"album")) == 2
+
+
+def test_a_locked_file_is_not_replaced(here, model, monkeypatch):
+    RIGHT.save("kept.png")
+    Path("kept.png").chmod(0o444)
+    if os.geteuid() == 0: monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "kept.png")  # root may write everything
+    assert "read-only" in refused(here, "imagine", "a cat", "-o", "kept.png", "--model", model)
+    assert "read-only" in refused(here, "eval", "--json", "kept.png", "--model", model)
+    with pytest.raises(ValueError, match="read-only"): atomic_write("kept.png", "x")
+
+
+@pytest.mark.parametrize("argv", [["imagine", "a cat", "-o", ""], ["edit", "in.png", "make it red", "-o", ""], ["reconstruct", "in.png", "-o", ""], ["eval", "--json", ""], ["bench", "--json", ""],
+                                  ["eval", "pope", "--data", "in.png", "--out", ""], ["demo", "--out", ""], ["report", "in.png", "-o", ""], ["train", "arm", "--out", ""]])
+def test_an_empty_name_is_no_place(argv, here): assert "is empty" in refused(here, *argv)
+
+
+def test_every_name_of_several_pictures_is_checked_before_the_work(here, model, monkeypatch):
+    Path("out-2.png").mkdir()
+    monkeypatch.setattr("arm.app.cli.load_model", lambda *_, **__: pytest.fail("the model was loaded before the names were checked"))
+    for argv in (["imagine", "a cat"], ["edit", "in.png", "make it red"]): assert "out-2.png is a folder" in refused(here, *argv, "--n", 3, "-o", "out.png", "--model", model)
+    assert "name too long" in refused(here, "imagine", "a cat", "--n", 2, "-o", "x"*251 + ".png", "--model", model)
+
+
+def test_writes_every_name_that_the_file_system_takes(here, model):
+    for name in ("円"*80 + ".png", "x"*251 + ".png", "a." + "x"*249 + ".png"):
+        assert run("imagine", "a cat", "-o", name, "--model", model)[0] == 0 and Image.open(name).size == (48, 48)
+    name = "s." + "x"*253  # all of it is suffix
+    atomic_write(name, "{}")
+    assert Path(name).read_text() == "{}" and not [p for p in files(here) if p.startswith(".tmp")]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("cannot"), KeyboardInterrupt()])

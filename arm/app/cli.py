@@ -17,15 +17,16 @@ from .terminal import MODEL, RENDERERS, START, Parser, exchange_renderer, fit_to
 
 # %% ../../nbs/92_app.cli.ipynb #897b1c6c
 def _chosen(args, *names): return {k: getattr(args, k) for k in names}
+def _picture_out(args, own): return writable(own if args.out is None else args.out, kind="picture", n=getattr(args, "n", 1))
 def _painter(args): return exchange_renderer(load_model(args.model, args.device, plan=False if getattr(args, "no_plan", False) else None), args.renderer, args.renderers, steps=args.render_steps, guidance=args.render_guidance, shift=args.render_shift)
 
 def _imagine(args):
-    out = writable(args.out or "imagined.png", kind="picture")
+    out = _picture_out(args, "imagined.png")
     model = _painter(args)
     save_pictures(model.imagine(args.prompt, args.size, args.n, **_chosen(args, "seed", "temperature", "top_k", "top_p", "cfg_scale")), out, zoom=args.zoom)
 
 def _edit(args):
-    out, picture = writable(args.out or f"{Path(args.picture).stem}-edited.png", kind="picture"), read_picture(args.picture)
+    out, picture = _picture_out(args, f"{Path(args.picture).stem}-edited.png"), read_picture(args.picture)
     model = _painter(args)
     save_pictures(model.edit(fit_to(model, picture, args.picture), args.instruction, args.n, **_chosen(args, "seed", "temperature", "text_scale", "image_scale")), out, zoom=args.zoom)
 
@@ -35,7 +36,7 @@ def _ask(args):
     print(model.describe(fitted) if args.question is None else model.answer(fitted, args.question))
 
 def _reconstruct(args):
-    out, picture = writable(args.out or f"{Path(args.picture).stem}-reconstructed.png", kind="picture"), read_picture(args.picture)
+    out, picture = _picture_out(args, f"{Path(args.picture).stem}-reconstructed.png"), read_picture(args.picture)
     model = _painter(args)
     fitted = fit_to(model, picture, args.picture)
     save_pictures([model.reconstruct(fitted)], out, zoom=args.zoom)
