@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'arm.data.pictures': { 'arm.data.pictures._check_size': ('data.pictures.html#_check_size', 'arm/data/pictures.py'),
                                    'arm.data.pictures._decode': ('data.pictures.html#_decode', 'arm/data/pictures.py'),
                                    'arm.data.pictures._header': ('data.pictures.html#_header', 'arm/data/pictures.py'),
+                                   'arm.data.pictures._in_icon': ('data.pictures.html#_in_icon', 'arm/data/pictures.py'),
                                    'arm.data.pictures._to_bytes': ('data.pictures.html#_to_bytes', 'arm/data/pictures.py'),
                                    'arm.data.pictures.fit_picture': ('data.pictures.html#fit_picture', 'arm/data/pictures.py'),
                                    'arm.data.pictures.noted_grids': ('data.pictures.html#noted_grids', 'arm/data/pictures.py'),

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from tools.strangers import encoded, files, note, png, png16, refusal, run, scene, untrained
+from tools.strangers import chunk, encoded, files, icon, note, png, png16, refusal, run, scene, untrained
 
 from arm.app import terminal
 from arm.app.cli import main
@@ -201,8 +202,23 @@ def test_refuses_too_many_pixels(w, h, here):
     assert "pixels" in refused(here, "ask", "bomb.png")
 
 
-def test_a_bomb_costs_no_memory(here, model):
-    Path("bomb.png").write_bytes(png(20_000, 20_000, 1, 0))
+def test_refuses_icons_by_what_they_wrap(here):
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 9000, 18_000, 1, 32, 0, 0, 0, 0, 0, 0)
+    for inner, says in ((png(9000, 9000, 1, 0, b""), "81,000,000 pixels"), (bitmap, "81,000,000 pixels"), (encoded(RIGHT, "PNG")[:200], "cut off"), (encoded(RIGHT, "PNG")[:20], "cut off"), (bitmap[:20], "cut off"), (b"", "cut off")):
+        Path("bomb.ico").write_bytes(icon(inner))
+        assert says in refused(here, "ask", "bomb.ico")
+    Path("bomb.ico").write_bytes(icon(b"")[:9])
+    assert "cut off" in refused(here, "ask", "bomb.ico")
+
+
+def late(data):
+    "A PNG whose header is not its first piece."
+    return data[:8] + chunk(b"tEXt", b"a\0b") + data[8:]
+
+
+@pytest.mark.parametrize("bomb", [png(20_000, 20_000, 1, 0), icon(png(13_000, 13_000, 1, 0)), icon(late(png(13_000, 13_000, 1, 0)))], ids=["png", "icon", "icon with a late header"])
+def test_a_bomb_costs_no_memory(bomb, here, model):
+    Path("bomb.png").write_bytes(bomb)
     Path("letter.png").write_bytes(b"Dear model")
     used = {}
     for name in ("letter.png", "bomb.png"):
