@@ -71,6 +71,8 @@ SAME = {  # name: (bytes of a file, the picture that must be seen in it)
     "16bit-grey.png": (encoded(Image.fromarray(WIDE), "PNG"), GREY),
     "16bit-grey.tiff": (encoded(Image.fromarray(WIDE), "TIFF"), GREY),
     "16bit-rgb.png": (png16(PIXELS.astype(np.uint16)*257), RIGHT),
+    "16bit-rgba.png": (png16(np.asarray(half_clear(RIGHT)).astype(np.uint16)*257), half_white(RIGHT)),
+    "16bit-grey-alpha.png": (png16(np.asarray(half_clear(GREY.convert("RGB")).convert("LA")).astype(np.uint16)*257), half_white(GREY.convert("RGB"))),
     "32bit.tiff": (encoded(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), GREY),
     "float.tiff": (encoded(Image.fromarray((np.asarray(GREY)/255).astype(np.float32)), "TIFF"), GREY),
     "palette.png": (encoded(FOUR, "PNG"), FOUR.convert("RGB")),
@@ -100,12 +102,19 @@ def test_reads_every_kind_of_picture_exactly(name, here, model):
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes() and Image.open("a.png").size == RIGHT.size
 
 
-@pytest.mark.parametrize("name, data", {
-    "photo.jpg": encoded(RIGHT, "JPEG"), "inks.jpg": encoded(RIGHT.convert("CMYK"), "JPEG"), "lab.tiff": encoded(lab(RIGHT), "TIFF"), "pic.bmp": encoded(RIGHT, "BMP"),
-    "pic.ppm": encoded(RIGHT, "PPM"), "pic.ico": encoded(RIGHT, "ICO"), "pic.jp2": encoded(RIGHT, "JPEG2000")}.items())
-def test_reads_other_formats(name, data, here, model):
+FINE = dict(quality=95, subsampling=0)
+
+
+@pytest.mark.parametrize("name, data, off", [
+    ("photo.jpg", encoded(RIGHT, "JPEG", **FINE), 2), ("inks.jpg", encoded(RIGHT.convert("CMYK"), "JPEG", **FINE), 2), ("sideways.jpg", encoded(RIGHT.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=note(6), **FINE), 2),
+    ("lab.tiff", encoded(lab(RIGHT), "TIFF"), 1), ("pic.bmp", encoded(RIGHT, "BMP"), 0), ("pic.ppm", encoded(RIGHT, "PPM"), 0), ("pic.jp2", encoded(RIGHT, "JPEG2000"), 0), ("pic.ico", encoded(RIGHT, "ICO"), 0)])
+def test_reads_other_formats(name, data, off, here, model, monkeypatch):
     Path(name).write_bytes(data)
+    seen, fit = [], terminal.fit_to
+    monkeypatch.setattr("arm.app.cli.fit_to", lambda model, picture, name: seen.append(picture) or fit(model, picture, name))
     assert run("reconstruct", name, "-o", "out.png", "--model", model)[0] == 0
+    right = RIGHT.resize(seen[0].size, Image.Resampling.LANCZOS) if name == "pic.ico" else RIGHT  # an icon is a square or smaller
+    assert seen[0].mode == "RGB" and seen[0].size == right.size and np.abs(np.asarray(seen[0]).astype(int) - np.asarray(right)).mean() <= off, "mean error in levels of 256"
 
 
 @pytest.mark.parametrize("w, h, fitted", [(640, 480, (48, 32)), (480, 640, (32, 48)), (500, 500, (48, 48)), (1, 1, (48, 48)), (3000, 2, (48, 32)), (1, 5000, (32, 48)), (47, 48, (48, 48))])

@@ -86,6 +86,6 @@ def icon(inner: bytes, side: int = 32) -> bytes:
 
 
 def png16(levels: np.ndarray) -> bytes:
-    "An RGB picture of 16 bits per colour, from (H, W, 3) numbers up to 65,535."
-    h, w, _ = levels.shape
-    return png(w, h, 16, 2, b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))
+    "A picture of 16 bits per channel, from (H, W, 2, 3 or 4) numbers up to 65,535: grey and opacity, RGB, RGB and opacity."
+    h, w, channels = levels.shape
+    return png(w, h, 16, {2: 4, 3: 2, 4: 6}[channels], b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))
