@@ -1190,6 +1190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'arm/tokenizer/decoder.py'),
                                        'arm.tokenizer.decoder.PixelDiT.forward': ( 'tokenizer.decoder.html#pixeldit.forward',
                                                                                    'arm/tokenizer/decoder.py'),
+                                       'arm.tokenizer.decoder.at_once': ('tokenizer.decoder.html#at_once', 'arm/tokenizer/decoder.py'),
                                        'arm.tokenizer.decoder.patchify': ('tokenizer.decoder.html#patchify', 'arm/tokenizer/decoder.py'),
                                        'arm.tokenizer.decoder.sample_flow': ( 'tokenizer.decoder.html#sample_flow',
                                                                               'arm/tokenizer/decoder.py'),

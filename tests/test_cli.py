@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 from tools.strangers import chunk, encoded, files, icon, note, png, png16, refusal, run, scene, untrained
 
@@ -246,7 +247,7 @@ def test_a_bomb_costs_no_memory(bomb, here, model):
 def test_refuses_sizes_that_no_shape_token_covers(size, here, model): assert "size" in refused(here, "imagine", "a cat", f"--size={size}", "--model", model)
 
 
-@pytest.mark.parametrize("option", ["--n=0", "--n=-1", "--n=many", "--n=1e9", "--seed=-1", "--seed=x", "--seed=99999999999999999999", "--temperature=-1", "--temperature=nan", "--temperature=inf",
+@pytest.mark.parametrize("option", ["--n=0", "--n=-1", "--n=many", "--n=1e9", "--seed=-1", "--seed=x", "--seed=99999999999999999999", "--temperature=-1", "--temperature=1e-40", "--temperature=9e-7", "--temperature=nan", "--temperature=inf",
                                     "--top-k=-1", "--top-p=0", "--top-p=2", "--cfg-scale=nan", "--cfg-scale=-1", "--zoom=0", "--wings=2", "--device=toaster", "--device=cuda:99", "--device="])
 def test_refuses_impossible_options(option, here, model): refused(here, "imagine", "a cat", option, "--model", model)
 
@@ -342,6 +343,40 @@ def test_leaves_no_half_written_file(error, here, model, monkeypatch):
         code, out, err = run(*argv, "--model", model)
         assert code == (130 if isinstance(error, KeyboardInterrupt) else 2) and err.startswith("arm: ") and err.count("\n") == 1
         assert files(here) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")])
+def test_too_little_memory_is_one_line(error, here, model, monkeypatch):
+    def full(*_, **__): raise error
+    for where, argv in (("arm.app.cli.load_model", ["imagine", "a cat"]), ("arm.model.tasks.generate_images", ["imagine", "a cat"]), ("arm.data.pictures._decode", ["reconstruct", "in.png"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, full)
+            assert "memory" in refused(here, *argv, "--model", model)
+
+
+def test_other_failures_of_ours_keep_their_traceback(here, model, monkeypatch):
+    def broken(*_, **__): raise RuntimeError("shapes cannot be multiplied")
+    monkeypatch.setattr("arm.model.tasks.generate_images", broken)
+    with pytest.raises(RuntimeError, match="multiplied"): run("imagine", "a cat", "--model", model)
+
+
+def test_large_pictures_are_painted_a_few_at_a_time(model, monkeypatch):
+    arm, seen = terminal.load_model(model), []
+    codes = [(torch.randint(65_536, (144,), generator=torch.Generator().manual_seed(s)), (12, 12)) for s in range(20)]
+    paint, look = arm.tokenizer.decode, arm.tokenizer.encode
+    monkeypatch.setattr(arm.tokenizer, "decode", lambda indices, *more: seen.append(len(indices)) or paint(indices, *more))
+    monkeypatch.setattr(arm.tokenizer, "encode", lambda images: seen.append(len(images)) or look(images))
+    painted = arm.decode(codes)
+    assert seen == [16, 4] and len(arm.encode(painted)) == 20 and seen == [16, 4, 16, 4]
+    assert all(torch.allclose(x, arm.decode([c])[0], atol=1e-5) for x, c in zip(painted, codes))
+    seen.clear()
+    arm.decode([(torch.zeros(36, dtype=torch.long), (6, 6))]*300)
+    assert seen == [256, 44]
+    seen.clear()
+    monkeypatch.setattr(arm.tokenizer, "decode", lambda indices, grid, steps: seen.append(len(indices)) or torch.zeros(len(indices), 3, 512, 512))
+    arm.decode([(torch.zeros(4096, dtype=torch.long), (64, 64))]*3)
+    assert seen == [1, 1, 1]
 
 
 # ---- model folders ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'build_parser', 'train', 'main']
 
 # %% ../../nbs/92_app.cli.ipynb #303f377e
-import argparse, logging, sys
+import argparse, logging, re, sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,4 +147,7 @@ def main(argv: Sequence[str] | None = None, # the words after "arm"; None takes 
     except SystemExit as e: return int(e.code or 0)  # --help, --version, --print_config
     except KeyboardInterrupt: print("arm: interrupted", file=sys.stderr); return 130
     except (ValueError, OSError) as e: print(f"arm: {one_line(e)}", file=sys.stderr); return 2
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)): raise
+        print("arm: the memory is not enough for this; ask for fewer or smaller pictures or a smaller batch, or use a machine with more of it", file=sys.stderr); return 2
     return 0
