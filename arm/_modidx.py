@@ -1596,6 +1596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'arm.train.arm.Together.share': ('train.arm.html#together.share', 'arm/train/arm.py'),
                                'arm.train.arm.Together.state_dict': ('train.arm.html#together.state_dict', 'arm/train/arm.py'),
                                'arm.train.arm.Together.step': ('train.arm.html#together.step', 'arm/train/arm.py'),
+                               'arm.train.arm.check_settings': ('train.arm.html#check_settings', 'arm/train/arm.py'),
                                'arm.train.arm.muon': ('train.arm.html#muon', 'arm/train/arm.py'),
                                'arm.train.arm.orthogonal': ('train.arm.html#orthogonal', 'arm/train/arm.py')},
             'arm.train.borrowed': { 'arm.train.borrowed.LitBorrowed': ('train.borrowed.html#litborrowed', 'arm/train/borrowed.py'),

@@ -229,12 +229,15 @@ def pick_device(name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"; "a
 
 # %% ../nbs/00_core.ipynb #8488fbb7
 def pick_precision(name: str = "auto", # Lightning's name, or "auto"
+                   device: str = "auto", # where it is computed, as for `pick_device`; "auto": CUDA if there is one, else the CPU
                    ) -> str: # Lightning's name: "bf16-mixed", "32-true", ...
     "How to multiply while training: in bfloat16 only where the hardware does it."
     known = ("bf16-mixed", "16-mixed", "32-true", "64-true", "bf16-true", "16-true")
     if name in known: return name
     if name != "auto": raise ValueError(f"precision {name!r} is unknown; take auto, or one of {', '.join(known)}")
-    if torch.cuda.is_available(): return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    kind = pick_device(device).type if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "mps": return "32-true"
+    if kind == "cuda": return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     able = getattr(torch.cpu, "get_capabilities", dict)() # names of the instructions, by torch's own reading
     return "bf16-mixed" if torch.backends.mkldnn.is_available() and any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "32-true"
 

@@ -440,10 +440,21 @@ def test_refuses_models_that_are_not_there(here):
 CONFIGS = {"unknown field": "wings: 2\n", "not yaml": "steps: [1\n", "a list": "- 1\n", "a word": "steps", "wrong type": "steps: many\n", "below zero": "steps: -5\n", "binary": "\x00\x01", "nested": "steps: {a: 1}\n"}
 
 
+@pytest.mark.parametrize("stage", ["arm", "sft", "grpo"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_refuses_training_files_with_unknown_or_impossible_fields(name, here):
+def test_refuses_training_files_with_unknown_or_impossible_fields(name, stage, here):
     Path("run.yaml").write_text(CONFIGS[name])
-    refused(here, "train", "arm", "--out", "runs", "--config", "run.yaml")
+    refused(here, "train", stage, "--out", "runs", "--config", "run.yaml")
+
+
+@pytest.mark.parametrize("option", ["--worn=7", "--plan=1.5", "--hold=7", "--hold=nan", "--lr=0", "--lr=inf", "--lr=nan", "--questions=0", "--questions=inf", "--steps=0", "--batch=0", "--scenes=0", "--every=0"])
+def test_refuses_impossible_numbers_of_fine_tuning(option, here):
+    assert option[2:].split("=")[0] in refused(here, "train", "sft", "--out", "runs", option)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "tokenizer", "decoder", "arm", "all", "renderers", "sft", "codes"])
+def test_refuses_to_train_on_a_device_that_is_not_there(stage, here):
+    assert "'toaster' is not available here" in refused(here, "train", stage, "--out", "runs/new", "--device", "toaster") and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["arm", "--steps", "many"], ["arm", "--steps", "-3"], ["arm", "--wings", "2"], ["arm", "--config", "nowhere.yaml"], ["arm", "--out", "in.png"],
@@ -548,7 +559,10 @@ def test_a_benchmark_without_its_pictures_has_no_score(tmp_path):
     assert not json.loads((tmp_path/"result.json").read_text())["complete"]
 
 
-@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score", "recipe", "app"])
+COMMANDS = ["imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "report", "shards", "weights", "app", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
@@ -557,7 +571,7 @@ def test_help_has_examples(command):
 def test_help_lists_all_commands():
     for argv in (["--help"], []):
         code, out, _ = run(*argv)
-        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "app"))
+        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in COMMANDS) and set(re.findall(r"^    ([a-z]+)\b", out, re.M)) == set(COMMANDS)
 
 
 def test_help_waits_for_no_library():

@@ -119,6 +119,7 @@ def train(argv: Sequence[str], # the words after "arm train"
           ) -> None:
     "Read the settings of a stage from its function's signature, and run it."
     from arm.app.runs import started
+    from arm.core import pick_device
     from arm.rl import recipe
     from arm.train import borrowed, renderers, run, sft
     homes = {"renderers": renderers, "sft": sft, "grpo": recipe, "codes": borrowed}
@@ -129,6 +130,7 @@ def train(argv: Sequence[str], # the words after "arm train"
     stages = {stage: getattr(homes.get(stage, run), name) for stage, name in STAGES.items() if stage != "flux" or stage in homes}
     stage, values = read_settings(argv, stages, "arm train", "Train a stage, or all of them; an interrupted run goes on from its checkpoint. Example: arm train all --quick")
     writable(values["out"], kind="folder")
+    pick_device(values.get("device", "auto"))
     with started(values["out"], ["arm", "train", *argv], values): stages[stage](**values)
     print(f"done: {Path(values['out'])/('model' if stage in ('all', 'sft', 'grpo') else stage)}")
 
