@@ -226,9 +226,9 @@ def late(data):
     return data[:8] + chunk(b"tEXt", b"a\0b") + data[8:]
 
 
-@pytest.mark.parametrize("bomb", [png(20_000, 20_000, 1, 0), icon(png(13_000, 13_000, 1, 0)), icon(late(png(13_000, 13_000, 1, 0)))], ids=["png", "icon", "icon with a late header"])
-def test_a_bomb_costs_no_memory(bomb, here, model):
-    Path("bomb.png").write_bytes(bomb)
+@pytest.mark.parametrize("wrapped", [lambda: png(20_000, 20_000, 1, 0), lambda: icon(png(13_000, 13_000, 8, 2)), lambda: icon(late(png(13_000, 13_000, 8, 2)))], ids=["png", "icon", "icon with a late header"])
+def test_a_bomb_costs_no_memory(wrapped, here, model):
+    Path("bomb.png").write_bytes(wrapped())
     Path("letter.png").write_bytes(b"Dear model")
     used = {}
     for name in ("letter.png", "bomb.png"):
@@ -238,7 +238,7 @@ def test_a_bomb_costs_no_memory(bomb, here, model):
         child.stdout.close(), child.stderr.close()
         refusal(os.waitstatus_to_exitcode(status), "", err)
         used[name] = usage.ru_maxrss*(1 if sys.platform == "darwin" else 1024)
-    assert used["bomb.png"] - used["letter.png"] < 50e6, used  # its pixels are 400 MB
+    assert used["bomb.png"] - used["letter.png"] < 50e6, used  # its pixels are 400 MB and more
 
 
 # ---- options that are refused -------------------------------------------------------------------------------------------------
