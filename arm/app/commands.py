@@ -17,7 +17,7 @@ def _benchmark(args):
     from arm.app.trial import Trial, local_device, trial
     from arm.eval.bench import report
     if not args.data: raise ValueError(f"{args.name}: give its official questions or prompts with --data")
-    out, file = writable(args.out or f"runs/{args.name}{'-rewritten' if args.rewritten else ''}", kind="folder"), args.json and writable(args.json)
+    out, file = writable(f"runs/{args.name}{'-rewritten' if args.rewritten else ''}" if args.out is None else args.out, kind="folder"), None if args.json is None else writable(args.json)
     asked = Trial(name=args.name, data=args.data, out=str(out), images=args.images, key=args.key or [], judge=args.judge, judge_model=args.judge_model, judge_key=args.judge_key,
                   rewrite=args.rewritten, size=args.size, sampling={k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}, seed=args.seed, model=str(args.model))
     text, result = trial(asked, lambda: load_model(args.model, local_device(args.device), plan=False if args.no_plan else None), say=lambda line: print(line, file=sys.stderr))
@@ -43,7 +43,7 @@ def _evaluate(args):
         raise ValueError(f"{', '.join(lost)}: of {'our own examination, and ' + args.name + ' is a benchmark' if args.name else 'a benchmark, and none is named; name it, such as: arm eval pope'}; leave {'it' if len(lost) == 1 else 'them'} out otherwise")
     if args.renderers and args.worlds: raise ValueError("--worlds with --renderers: renderers are examined on shapes; leave --worlds out")
     if args.name: return _benchmark(args)
-    out, model = args.json and writable(args.json), load_model(args.model, args.device, plan=False if args.no_plan else None)
+    out, model = None if args.json is None else writable(args.json), load_model(args.model, args.device, plan=False if args.no_plan else None)
     if args.renderers: return _renderers(args, model, out)
     from arm.eval.suite import evaluate, save_scores, score_table
     scores = evaluate(model, n=args.n or 1000, seed=args.seed, worlds=tuple(args.worlds or ("shapes", "openmoji")))
@@ -60,7 +60,7 @@ def _add_eval(command):
     p.add_argument("--judge-model", default="", metavar="NAME", help="the judge's name at that address (default: the one that it serves)")
     p.add_argument("--judge-key", default="ARM_JUDGE_KEY", metavar="VAR", help="environment variable with the address's key (default ARM_JUDGE_KEY)")
     p.add_argument("--rewritten", default="", metavar="FILE", help="JSON object id -> prompt to draw in place of the benchmark's; a run of its own")
-    p.add_argument("--out", default="", metavar="DIR", help="folder of the benchmark's run; the same command goes on with a broken one (default runs/NAME)")
+    p.add_argument("--out", metavar="DIR", help="folder of the benchmark's run; the same command goes on with a broken one (default runs/NAME)")
     p.add_argument("--size", type=size, metavar="HxW", help="of the benchmark's drawings, height x width in pixels (default 48x48)")
     for k, what in zip(SAMPLING, ("of a benchmark's drawings or edits, 0 is greedy (default: 1 for drawings, 0 for edits)", "guidance by the prompt (default 1: none)", "an edit's guidance by the instruction (default 1: none)", "an edit's guidance by the source (default 1: none)")):
         p.add_argument(f"--{k.replace('_', '-')}", type=number(float, 0, 100), help=what)
@@ -176,7 +176,7 @@ def _add_app(command):
 
 # %% ../../nbs/91z_app.commands.ipynb #13388fe9
 def _bench(args):
-    file = args.json and writable(args.json)
+    file = None if args.json is None else writable(args.json)
     from arm.app.bench import bench, bench_table, save_bench
     outcomes = bench(args.names, args.repeats, say=lambda line: print(line, file=sys.stderr))
     print(bench_table(outcomes))

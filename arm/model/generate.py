@@ -24,13 +24,13 @@ from .transformer import ARM
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     "How one id is drawn from logits; in a factorised head it holds for every group of bits."
-    temperature: float = 1. # divides the logits; 0 takes the likeliest
+    temperature: float = 1. # divides the logits, at least 1e-6; 0 takes the likeliest
     top_k: int = 0     # keep the k likeliest; 0 keeps all
     top_p: float = 1.  # keep the likeliest until their sum reaches p
     min_p: float = 0.  # keep what has at least min_p times the likeliest's probability
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"): raise ValueError(f"temperature={self.temperature!r}; it must be 0 (greedy) or positive.")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")): raise ValueError(f"temperature={self.temperature!r}; it must be 0 (greedy), or at least 1e-06, below which logits overflow when they are divided by it: take 0.")
         if self.top_k < 0: raise ValueError(f"top_k={self.top_k!r}; it must be 0 (all) or a positive number of ids.")
         if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p!r}; it must be in (0, 1], where 1 keeps all.")
         if not 0 <= self.min_p <= 1: raise ValueError(f"min_p={self.min_p!r}; it must be in [0, 1], where 0 keeps all.")
