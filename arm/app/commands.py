@@ -84,14 +84,15 @@ def _add_score(command):
 def _study(args):
     out = writable(args.out, kind="folder")
     from arm.app.study import study
-    study(args.name, str(out), args.seeds, args.steps)
+    study(args.name, str(out), args.seeds, args.steps, args.start)
 
 def _add_study(command):
     p = command("study", _study, "run a recorded study again, or what is left of it", ["objectives", "bits --steps 20 --seeds 1 --out runs/try"])
-    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, kl, trials")
+    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, transfers, kl, trials")
     p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
     p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
     p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")
+    p.add_argument("--start", default="", metavar="DIR", help="studies of reinforcement learning: a model folder to begin from, other than data/models/tiny; its record is named NAME-DIR")
 
 # %% ../../nbs/91z_app.commands.ipynb #f4bcf24d
 def _plan(args):
@@ -110,7 +111,13 @@ def _add_plan(command):
 def _recipe(args):
     out = writable(args.out, kind="folder")
     from arm.rl.recipe import grpo_recipe
-    print(f"done: {grpo_recipe(str(out), str(args.model), steps=args.steps, words=args.words, seed=args.seed, worlds=tuple(args.worlds))}")
+    from arm.app.runs import started
+    from arm.core import pick_device
+    pick_device(args.device)
+    own = dict(steps=args.steps, words=args.words, seed=args.seed, worlds=tuple(args.worlds))
+    said = ["arm", "recipe", "--out", str(out), "--model", str(args.model), "--steps", str(args.steps), "--seed", str(args.seed), "--worlds", *args.worlds, *(["--words"] if args.words else [])]
+    with started(out, said, dict(out=str(out), model=str(args.model), device=args.device) | own): done = grpo_recipe(str(out), str(args.model), device=args.device, **own)
+    print(f"done: {done}")
 
 def _add_recipe(command):
     p = command("recipe", _recipe, "reinforcement learning in three phases: text to image, edits, both", ["", "--steps 100 --out runs/try", "--worlds shapes openmoji --words --model runs/sft/model"])
@@ -119,6 +126,7 @@ def _add_recipe(command):
     p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=["shapes"], help="where prompts come from (default shapes)")
     p.add_argument("--words", action="store_true", help="learn from the words before a picture, too; each drawing has its own")
     p.add_argument("--out", default="runs/recipe", metavar="DIR", help="folder of the run; the model lands in DIR/joint/model (default runs/recipe)")
+    p.add_argument("--device", default="auto", help="where to train: auto (default), cpu, cuda, cuda:1, mps")
     p.add_argument("--steps", type=number(int, 1, 10**7), default=480, metavar="N", help="updates of each phase (default 480)")
 
 # %% ../../nbs/91z_app.commands.ipynb #928bfd08
@@ -184,7 +192,7 @@ def _bench(args):
 
 def _add_bench(command):
     p = command("bench", _bench, "races against other libraries on this machine, in turns, with equal results", ["", "generation guidance --repeats 3", "--json bench.json"])
-    p.add_argument("names", nargs="*", metavar="RACE", help="generation, batch, memory, guidance, training, peak, loss or encoding (default: all)")
+    p.add_argument("names", nargs="*", metavar="RACE", help="generation, batch, memory, guidance, training, peak, loss, encoding or rollouts (default: all)")
     p.add_argument("--repeats", type=number(int, 1, 1000), default=5, metavar="N", help="turns that count (default 5)")
     p.add_argument("--json", metavar="FILE", help="write the outcomes to this file too")
 

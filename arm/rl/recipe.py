@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import config_to_dict, pick_precision, same_settings
+from ..core import config_to_dict, pick_device, pick_precision, same_settings
 from ..data.openmoji import DATA, load_openmoji
 from ..data.text import default_tokenizer
 from ..model.generate import Guidance, generate_images, write_plans
@@ -117,12 +117,13 @@ def run_phase(
     *,
     every:int=50, # steps between checkpoints and sheets of samples
     precision:str="auto", # Lightning's name, see `pick_precision`
+    device:str="auto", # where to train, see `fit`
     settings:dict|None=None, # noted in the folder once nothing is refused any more, see `same_settings`
 ) -> None:
     "One phase of GRPO from the model as it is; a model that plans goes on planning."
     judges, plan = judged_worlds(arm, worlds, cfg.rewards, cfg.towers), arm.card["plan"]
     module = LitGRPO(arm.model, arm.tokenizer, cfg.grpo(), cfg.steps, cfg.lr, updates=cfg.updates, mode=cfg.mode, guidance=cfg.guidance(), snapshot_every=cfg.snapshot_every,
-                     rollout_dtype=torch.bfloat16 if pick_precision(precision).startswith("bf16") else None, plan=plan, words=cfg.words, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
+                     rollout_dtype=torch.bfloat16 if pick_precision(precision, device).startswith("bf16") else None, plan=plan, words=cfg.words, replay=supervised(arm, worlds, cfg) if cfg.replay else None)
     shown = sheet_items(judges, phase, cfg.seed)
     def show(): # as a rollout draws, the same prompts and random numbers each time
         prompts, seeds = [i.prompt for i in shown], [i.seed for i in shown]
@@ -130,7 +131,7 @@ def run_phase(
         codes = generate_images(arm.model, prompts, guidance=cfg.guidance(), seeds=seeds)
         return side_by_side(arm.tokenizer, prompts, arm.decode([(c, p.grid) for c, p in zip(codes, prompts)]))
     if settings: same_settings(out, settings, begin=True)
-    fit(module, mixed_items(judges, cfg.n_prompts, cfg.seed, phase, cfg.updates), cfg.steps, out, f"grpo {phase}", samples=show, every=every, precision=precision)
+    fit(module, mixed_items(judges, cfg.n_prompts, cfg.seed, phase, cfg.updates), cfg.steps, out, f"grpo {phase}", samples=show, every=every, precision=precision, device=device)
     arm.model.eval()
 
 # %% ../../nbs/64_rl.recipe.ipynb #218f946a
@@ -179,10 +180,12 @@ def train_grpo(
     towers:str="", # folder of SigLIP towers that mark "similarity": a run with a finished teacher, or a published model; empty: none
     seed:int=0, # of items and drawings
     every:int=40, # steps between checkpoints and sheets of samples
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "Reinforcement learning on visual tokens (GRPO; phases: ARM sec. 5, as reported); a broken-off run goes on from its checkpoint."
     if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
-    typed = {k: v for k, v in locals().items() if v != inspect.signature(train_grpo).parameters[k].default and k != "every"}
+    typed = {k: v for k, v in locals().items() if v != inspect.signature(train_grpo).parameters[k].default and k not in ("every", "device")}
+    pick_device(device)
     start, done = Path(model) if model else DATA / "models" / "tiny", Path(out) / "model"
     cfg = PhaseConfig(steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, mode=mode, text_scale=text_scale, image_scale=image_scale, form=form, snapshot_every=snapshot_every, words=words, replay=replay, loss=loss or {}, rewards=rewards or {}, towers=towers, seed=seed)
     arm = Arm.from_pretrained(start)
@@ -192,7 +195,7 @@ def train_grpo(
         if held != entry: raise ValueError(f"{done} holds the model of another run ({held}); give another folder with --out, or move that one away")
         return
     same_settings(Path(out) / f"grpo-{phase}", entry)
-    run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every, settings=entry)
+    run_phase(arm, Path(out) / f"grpo-{phase}", phase, tuple(worlds), cfg, every=every, device=device, settings=entry)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(
         name=f"{arm.card['name']}-{phase}", command=", then ".join(filter(None, (arm.card.get("command"), spoken("arm train grpo", typed)))), rl=[*arm.card.get("rl", []), entry])
     arm.save_pretrained(done)
