@@ -58,15 +58,18 @@ def atomic_path(path: str | Path, # the file to create or replace; missing folde
                 ) -> Iterator[Path]: # a temporary path in the same folder, with the same suffix, to write to
     "A path to write to that takes its final name when the block ends well, and vanishes when it does not."
     path = Path(path)
-    tmp = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    goal = Path(os.path.realpath(path)) if os.path.islink(path) else path # a link stays, and what it leads to is replaced
+    tmp = goal.with_name(f".tmp-{secrets.token_hex(4)}{goal.suffix[:16]}") # short, so that every legal name can be written
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir(): raise IsADirectoryError(0, "it is a folder", str(tmp))
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(goal): raise IsADirectoryError(0, "it is a folder", str(tmp))
+        if os.path.lexists(goal) and not os.path.isfile(goal): raise OSError(0, "it is no regular file", str(tmp))
+        if os.path.isfile(goal) and not os.access(goal, os.W_OK): raise PermissionError(0, "it is read-only", str(tmp))
         tmp.touch()
         yield tmp
-        os.replace(tmp, path)
+        os.replace(tmp, goal)
     except OSError as e:
-        if e.filename is not None and str(e.filename) not in (str(tmp), *map(str, path.parents)): raise
+        if e.filename is not None and str(e.filename) not in (str(tmp), *map(str, goal.parents)): raise
         raise ValueError(f"cannot write {path}: {e.strerror}; choose a path in a folder that you can write to") from e
     finally:
         try: tmp.unlink(missing_ok=True)
@@ -226,12 +229,15 @@ def pick_device(name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"; "a
 
 # %% ../nbs/00_core.ipynb #8488fbb7
 def pick_precision(name: str = "auto", # Lightning's name, or "auto"
+                   device: str = "auto", # where it is computed, as for `pick_device`; "auto": CUDA if there is one, else the CPU
                    ) -> str: # Lightning's name: "bf16-mixed", "32-true", ...
     "How to multiply while training: in bfloat16 only where the hardware does it."
     known = ("bf16-mixed", "16-mixed", "32-true", "64-true", "bf16-true", "16-true")
     if name in known: return name
     if name != "auto": raise ValueError(f"precision {name!r} is unknown; take auto, or one of {', '.join(known)}")
-    if torch.cuda.is_available(): return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    kind = pick_device(device).type if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "mps": return "32-true"
+    if kind == "cuda": return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     able = getattr(torch.cpu, "get_capabilities", dict)() # names of the instructions, by torch's own reading
     return "bf16-mixed" if torch.backends.mkldnn.is_available() and any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "32-true"
 

@@ -232,7 +232,7 @@ def test_opens_no_file_but_uploads_and_fetches_nothing(url, visitor, model):
 
 
 @pytest.mark.parametrize("change, says", [(dict(text=" "), "empty"), (dict(text="red "*400), "shorten"), (dict(text="円"*100_000), "shorten"), (dict(text=None), "empty"), (dict(text=7), "empty"), (dict(size="5x5"), "size"), (dict(size=None), "size"), (dict(size=[1]), "size"), (dict(n=10**6), "n '"),
-                                          (dict(n=0), "n '"), (dict(n=None), "n '"), (dict(seed=-1), "seed"), (dict(seed="x"), "seed"), (dict(seed=1e99), "seed"), (dict(seed=[1]), "seed"), (dict(temperature="warm"), "temperature"), (dict(temperature=-1), "temperature"),
+                                          (dict(n=0), "n '"), (dict(n=None), "n '"), (dict(seed=-1), "seed"), (dict(seed="x"), "seed"), (dict(seed=1e99), "seed"), (dict(seed=[1]), "seed"), (dict(temperature="warm"), "temperature"), (dict(temperature=-1), "temperature"), (dict(temperature=1e-40), "greedy"),
                                           (dict(scale={}), "text_scale")])
 def test_refuses_impossible_values_in_words(change, says, url):
     event = post(url, "imagine", *wish(**change))

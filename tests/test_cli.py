@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
-from tools.strangers import encoded, files, note, png, png16, refusal, run, scene, untrained
+from tools.strangers import chunk, encoded, files, icon, note, png, png16, refusal, run, scene, untrained
 
 from arm.app import terminal
 from arm.app.cli import main
+from arm.core import atomic_write
 
 ARM = Path(sys.executable).parent/"arm"
 RIGHT = scene()  # 48 px wide, 32 px high
@@ -69,6 +72,8 @@ SAME = {  # name: (bytes of a file, the picture that must be seen in it)
     "16bit-grey.png": (encoded(Image.fromarray(WIDE), "PNG"), GREY),
     "16bit-grey.tiff": (encoded(Image.fromarray(WIDE), "TIFF"), GREY),
     "16bit-rgb.png": (png16(PIXELS.astype(np.uint16)*257), RIGHT),
+    "16bit-rgba.png": (png16(np.asarray(half_clear(RIGHT)).astype(np.uint16)*257), half_white(RIGHT)),
+    "16bit-grey-alpha.png": (png16(np.asarray(half_clear(GREY.convert("RGB")).convert("LA")).astype(np.uint16)*257), half_white(GREY.convert("RGB"))),
     "32bit.tiff": (encoded(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), GREY),
     "float.tiff": (encoded(Image.fromarray((np.asarray(GREY)/255).astype(np.float32)), "TIFF"), GREY),
     "palette.png": (encoded(FOUR, "PNG"), FOUR.convert("RGB")),
@@ -98,12 +103,19 @@ def test_reads_every_kind_of_picture_exactly(name, here, model):
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes() and Image.open("a.png").size == RIGHT.size
 
 
-@pytest.mark.parametrize("name, data", {
-    "photo.jpg": encoded(RIGHT, "JPEG"), "inks.jpg": encoded(RIGHT.convert("CMYK"), "JPEG"), "lab.tiff": encoded(lab(RIGHT), "TIFF"), "pic.bmp": encoded(RIGHT, "BMP"),
-    "pic.ppm": encoded(RIGHT, "PPM"), "pic.ico": encoded(RIGHT, "ICO"), "pic.jp2": encoded(RIGHT, "JPEG2000")}.items())
-def test_reads_other_formats(name, data, here, model):
+FINE = dict(quality=95, subsampling=0)
+
+
+@pytest.mark.parametrize("name, data, off", [
+    ("photo.jpg", encoded(RIGHT, "JPEG", **FINE), 2), ("inks.jpg", encoded(RIGHT.convert("CMYK"), "JPEG", **FINE), 2), ("sideways.jpg", encoded(RIGHT.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=note(6), **FINE), 2),
+    ("lab.tiff", encoded(lab(RIGHT), "TIFF"), 1), ("pic.bmp", encoded(RIGHT, "BMP"), 0), ("pic.ppm", encoded(RIGHT, "PPM"), 0), ("pic.jp2", encoded(RIGHT, "JPEG2000"), 0), ("pic.ico", encoded(RIGHT, "ICO"), 0)])
+def test_reads_other_formats(name, data, off, here, model, monkeypatch):
     Path(name).write_bytes(data)
+    seen, fit = [], terminal.fit_to
+    monkeypatch.setattr("arm.app.cli.fit_to", lambda model, picture, name: seen.append(picture) or fit(model, picture, name))
     assert run("reconstruct", name, "-o", "out.png", "--model", model)[0] == 0
+    right = RIGHT.resize(seen[0].size, Image.Resampling.LANCZOS) if name == "pic.ico" else RIGHT  # an icon is a square or smaller
+    assert seen[0].mode == "RGB" and seen[0].size == right.size and np.abs(np.asarray(seen[0]).astype(int) - np.asarray(right)).mean() <= off, "mean error in levels of 256"
 
 
 @pytest.mark.parametrize("w, h, fitted", [(640, 480, (48, 32)), (480, 640, (32, 48)), (500, 500, (48, 48)), (1, 1, (48, 48)), (3000, 2, (48, 32)), (1, 5000, (32, 48)), (47, 48, (48, 48))])
@@ -200,8 +212,23 @@ def test_refuses_too_many_pixels(w, h, here):
     assert "pixels" in refused(here, "ask", "bomb.png")
 
 
-def test_a_bomb_costs_no_memory(here, model):
-    Path("bomb.png").write_bytes(png(20_000, 20_000, 1, 0))
+def test_refuses_icons_by_what_they_wrap(here):
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 9000, 18_000, 1, 32, 0, 0, 0, 0, 0, 0)
+    for inner, says in ((png(9000, 9000, 1, 0, b""), "81,000,000 pixels"), (bitmap, "81,000,000 pixels"), (encoded(RIGHT, "PNG")[:200], "cut off"), (encoded(RIGHT, "PNG")[:20], "cut off"), (bitmap[:20], "cut off"), (b"", "cut off")):
+        Path("bomb.ico").write_bytes(icon(inner))
+        assert says in refused(here, "ask", "bomb.ico")
+    Path("bomb.ico").write_bytes(icon(b"")[:9])
+    assert "cut off" in refused(here, "ask", "bomb.ico")
+
+
+def late(data):
+    "A PNG whose header is not its first piece."
+    return data[:8] + chunk(b"tEXt", b"a\0b") + data[8:]
+
+
+@pytest.mark.parametrize("wrapped", [lambda: png(20_000, 20_000, 1, 0), lambda: icon(png(13_000, 13_000, 8, 2)), lambda: icon(late(png(13_000, 13_000, 8, 2)))], ids=["png", "icon", "icon with a late header"])
+def test_a_bomb_costs_no_memory(wrapped, here, model):
+    Path("bomb.png").write_bytes(wrapped())
     Path("letter.png").write_bytes(b"Dear model")
     used = {}
     for name in ("letter.png", "bomb.png"):
@@ -211,7 +238,7 @@ def test_a_bomb_costs_no_memory(here, model):
         child.stdout.close(), child.stderr.close()
         refusal(os.waitstatus_to_exitcode(status), "", err)
         used[name] = usage.ru_maxrss*(1 if sys.platform == "darwin" else 1024)
-    assert used["bomb.png"] - used["letter.png"] < 50e6, used  # its pixels are 400 MB
+    assert used["bomb.png"] - used["letter.png"] < 50e6, used  # its pixels are 400 MB and more
 
 
 # ---- options that are refused -------------------------------------------------------------------------------------------------
@@ -220,7 +247,7 @@ def test_a_bomb_costs_no_memory(here, model):
 def test_refuses_sizes_that_no_shape_token_covers(size, here, model): assert "size" in refused(here, "imagine", "a cat", f"--size={size}", "--model", model)
 
 
-@pytest.mark.parametrize("option", ["--n=0", "--n=-1", "--n=many", "--n=1e9", "--seed=-1", "--seed=x", "--seed=99999999999999999999", "--temperature=-1", "--temperature=nan", "--temperature=inf",
+@pytest.mark.parametrize("option", ["--n=0", "--n=-1", "--n=many", "--n=1e9", "--seed=-1", "--seed=x", "--seed=99999999999999999999", "--temperature=-1", "--temperature=1e-40", "--temperature=9e-7", "--temperature=nan", "--temperature=inf",
                                     "--top-k=-1", "--top-p=0", "--top-p=2", "--cfg-scale=nan", "--cfg-scale=-1", "--zoom=0", "--wings=2", "--device=toaster", "--device=cuda:99", "--device="])
 def test_refuses_impossible_options(option, here, model): refused(here, "imagine", "a cat", option, "--model", model)
 
@@ -245,6 +272,66 @@ def test_refuses_a_folder_without_permission(here, model, monkeypatch):
     for argv in (["imagine", "a cat", "-o", "locked/out.png"], ["demo", "--out", "locked"], ["eval", "--json", "locked/s.json"]): assert "writable" in refused(here, *argv, "--model", model)
 
 
+@pytest.fixture
+def no_device(monkeypatch):
+    "A test that fails must not replace a device of this machine."
+    real = os.replace
+
+    def replace(source, target):
+        assert not os.path.realpath(target).startswith("/dev/"), f"{target} would have been replaced"
+        real(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_devices_and_pipes_are_no_place_to_write_to(here, model, no_device):
+    os.mkfifo("pipe.png")
+    Path("null.png").symlink_to("/dev/null")
+    Path("loop.png").symlink_to("loop.png")
+    for out in ("pipe.png", "null.png", "loop.png"): assert "no regular file" in refused(here, "imagine", "a cat", "-o", out, "--model", model)
+    for out in ("/dev/null", "pipe.png"):
+        for argv in (["eval", "--n", 2, "--worlds", "shapes", "--json", out], ["bench", "encoding", "--repeats", 1, "--json", out], ["report", model, "-o", out]): assert "no regular file" in refused(here, *argv)
+    assert Path("pipe.png").is_fifo() and Path("/dev/null").is_char_device() and Path("null.png").is_symlink()
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(here, model):
+    Path("album").mkdir()
+    RIGHT.save("album/a.png")
+    Path("link.png").symlink_to("album/a.png")
+    Path("new.png").symlink_to("album/b.png")
+    for link in ("link.png", "new.png"): assert run("imagine", "a cat", "-o", link, "--model", model)[0] == 0
+    assert Path("link.png").is_symlink() and Path("new.png").is_symlink()
+    assert Image.open("album/a.png").size == Image.open("album/b.png").size == (48, 48) and len(files(here/"album")) == 2
+
+
+def test_a_locked_file_is_not_replaced(here, model, monkeypatch):
+    RIGHT.save("kept.png")
+    Path("kept.png").chmod(0o444)
+    if os.geteuid() == 0: monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "kept.png")  # root may write everything
+    assert "read-only" in refused(here, "imagine", "a cat", "-o", "kept.png", "--model", model)
+    assert "read-only" in refused(here, "eval", "--json", "kept.png", "--model", model)
+    with pytest.raises(ValueError, match="read-only"): atomic_write("kept.png", "x")
+
+
+@pytest.mark.parametrize("argv", [["imagine", "a cat", "-o", ""], ["edit", "in.png", "make it red", "-o", ""], ["reconstruct", "in.png", "-o", ""], ["eval", "--json", ""], ["bench", "--json", ""],
+                                  ["eval", "pope", "--data", "in.png", "--out", ""], ["demo", "--out", ""], ["report", "in.png", "-o", ""], ["train", "arm", "--out", ""]])
+def test_an_empty_name_is_no_place(argv, here): assert "is empty" in refused(here, *argv)
+
+
+def test_every_name_of_several_pictures_is_checked_before_the_work(here, model, monkeypatch):
+    Path("out-2.png").mkdir()
+    monkeypatch.setattr("arm.app.cli.load_model", lambda *_, **__: pytest.fail("the model was loaded before the names were checked"))
+    for argv in (["imagine", "a cat"], ["edit", "in.png", "make it red"]): assert "out-2.png is a folder" in refused(here, *argv, "--n", 3, "-o", "out.png", "--model", model)
+    assert "name too long" in refused(here, "imagine", "a cat", "--n", 2, "-o", "x"*251 + ".png", "--model", model)
+
+
+def test_writes_every_name_that_the_file_system_takes(here, model):
+    for name in ("円"*80 + ".png", "x"*251 + ".png", "a." + "x"*249 + ".png"):
+        assert run("imagine", "a cat", "-o", name, "--model", model)[0] == 0 and Image.open(name).size == (48, 48)
+    name = "s." + "x"*253  # all of it is suffix
+    atomic_write(name, "{}")
+    assert Path(name).read_text() == "{}" and not [p for p in files(here) if p.startswith(".tmp")]
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("cannot"), KeyboardInterrupt()])
 def test_leaves_no_half_written_file(error, here, model, monkeypatch):
     def save(im, path, *_, **__):
@@ -256,6 +343,40 @@ def test_leaves_no_half_written_file(error, here, model, monkeypatch):
         code, out, err = run(*argv, "--model", model)
         assert code == (130 if isinstance(error, KeyboardInterrupt) else 2) and err.startswith("arm: ") and err.count("\n") == 1
         assert files(here) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")])
+def test_too_little_memory_is_one_line(error, here, model, monkeypatch):
+    def full(*_, **__): raise error
+    for where, argv in (("arm.app.cli.load_model", ["imagine", "a cat"]), ("arm.model.tasks.generate_images", ["imagine", "a cat"]), ("arm.data.pictures._decode", ["reconstruct", "in.png"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, full)
+            assert "memory" in refused(here, *argv, "--model", model)
+
+
+def test_other_failures_of_ours_keep_their_traceback(here, model, monkeypatch):
+    def broken(*_, **__): raise RuntimeError("shapes cannot be multiplied")
+    monkeypatch.setattr("arm.model.tasks.generate_images", broken)
+    with pytest.raises(RuntimeError, match="multiplied"): run("imagine", "a cat", "--model", model)
+
+
+def test_large_pictures_are_painted_a_few_at_a_time(model, monkeypatch):
+    arm, seen = terminal.load_model(model), []
+    codes = [(torch.randint(65_536, (144,), generator=torch.Generator().manual_seed(s)), (12, 12)) for s in range(20)]
+    paint, look = arm.tokenizer.decode, arm.tokenizer.encode
+    monkeypatch.setattr(arm.tokenizer, "decode", lambda indices, *more: seen.append(len(indices)) or paint(indices, *more))
+    monkeypatch.setattr(arm.tokenizer, "encode", lambda images: seen.append(len(images)) or look(images))
+    painted = arm.decode(codes)
+    assert seen == [16, 4] and len(arm.encode(painted)) == 20 and seen == [16, 4, 16, 4]
+    assert all(torch.allclose(x, arm.decode([c])[0], atol=1e-5) for x, c in zip(painted, codes))
+    seen.clear()
+    arm.decode([(torch.zeros(36, dtype=torch.long), (6, 6))]*300)
+    assert seen == [256, 44]
+    seen.clear()
+    monkeypatch.setattr(arm.tokenizer, "decode", lambda indices, grid, steps: seen.append(len(indices)) or torch.zeros(len(indices), 3, 512, 512))
+    arm.decode([(torch.zeros(4096, dtype=torch.long), (64, 64))]*3)
+    assert seen == [1, 1, 1]
 
 
 # ---- model folders ------------------------------------------------------------------------------------------------------------
@@ -319,10 +440,21 @@ def test_refuses_models_that_are_not_there(here):
 CONFIGS = {"unknown field": "wings: 2\n", "not yaml": "steps: [1\n", "a list": "- 1\n", "a word": "steps", "wrong type": "steps: many\n", "below zero": "steps: -5\n", "binary": "\x00\x01", "nested": "steps: {a: 1}\n"}
 
 
+@pytest.mark.parametrize("stage", ["arm", "sft", "grpo"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_refuses_training_files_with_unknown_or_impossible_fields(name, here):
+def test_refuses_training_files_with_unknown_or_impossible_fields(name, stage, here):
     Path("run.yaml").write_text(CONFIGS[name])
-    refused(here, "train", "arm", "--out", "runs", "--config", "run.yaml")
+    refused(here, "train", stage, "--out", "runs", "--config", "run.yaml")
+
+
+@pytest.mark.parametrize("option", ["--worn=7", "--plan=1.5", "--hold=7", "--hold=nan", "--lr=0", "--lr=inf", "--lr=nan", "--questions=0", "--questions=inf", "--steps=0", "--batch=0", "--scenes=0", "--every=0"])
+def test_refuses_impossible_numbers_of_fine_tuning(option, here):
+    assert option[2:].split("=")[0] in refused(here, "train", "sft", "--out", "runs", option)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "tokenizer", "decoder", "arm", "all", "renderers", "sft", "codes"])
+def test_refuses_to_train_on_a_device_that_is_not_there(stage, here):
+    assert "'toaster' is not available here" in refused(here, "train", stage, "--out", "runs/new", "--device", "toaster") and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["arm", "--steps", "many"], ["arm", "--steps", "-3"], ["arm", "--wings", "2"], ["arm", "--config", "nowhere.yaml"], ["arm", "--out", "in.png"],
@@ -427,7 +559,10 @@ def test_a_benchmark_without_its_pictures_has_no_score(tmp_path):
     assert not json.loads((tmp_path/"result.json").read_text())["complete"]
 
 
-@pytest.mark.parametrize("command", ["imagine", "edit", "ask", "reconstruct", "eval", "demo", "study", "plan", "score", "recipe", "app"])
+COMMANDS = ["imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "report", "shards", "weights", "app", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
@@ -436,7 +571,7 @@ def test_help_has_examples(command):
 def test_help_lists_all_commands():
     for argv in (["--help"], []):
         code, out, _ = run(*argv)
-        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in ("imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "app"))
+        assert code == 0 and all(re.search(rf"^ +{name}\b", out, re.M) for name in COMMANDS) and set(re.findall(r"^    ([a-z]+)\b", out, re.M)) == set(COMMANDS)
 
 
 def test_help_waits_for_no_library():

@@ -103,7 +103,7 @@ def test_prompts(loaded, words):
 
 
 PIECES = st.one_of(WORDS, st.sampled_from(("imagine", "edit", "ask", "reconstruct", "in.png", "a cat", "-o", "--out", "out.png", "--n", "--seed", "--size", "8x8", "--zoom", "--temperature", "--top-k", "--top-p",
-                                           "--cfg-scale", "--text-scale", "--image-scale", "--model", "--device", "cpu", "--", "-", "--help", "--version", "0", "1", "-1", "2", "1e9", "nan", "inf", "@in.png", "--n=2", "")))
+                                           "--cfg-scale", "--text-scale", "--image-scale", "--model", "--device", "cpu", "--", "-", "--help", "--version", "0", "1", "-1", "2", "1e9", "1e-40", "nan", "inf", "@in.png", "--n=2", "")))
 
 
 @often(400)

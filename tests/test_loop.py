@@ -10,12 +10,13 @@ import pytest
 import torch
 from arm.app.cli import main
 from arm.core import load_json, load_tensors, make_rng, save_tensors, seeded
-from arm.model.sequence import ImagePrompt
+from arm.model.sequence import Batch, ImagePrompt, image_sample, pad_batch
 from arm.model.tasks import Arm
 from arm.model.transformer import ARM, ARMConfig
 from arm.rl.grpo import GRPOConfig
 from arm.rl.loop import LitGRPO
 from arm.rl.prompts import Item, ShapesItems, examined, mixed_items
+from arm.rl.recipe import PhaseConfig, grpo_recipe, told
 from arm.rl.rewards import Reward
 from arm.tokenizer.model import VisualTokenizer
 from arm.train.processes import run_processes
@@ -26,7 +27,9 @@ from tools.repo import ROOT
 STEPS = 3
 
 
-def bright(images: torch.Tensor) -> list[Reward]: return [Reward((float(x.mean()) + 1) / 2, {}) for x in images]
+def bright(images: torch.Tensor) -> list[Reward]:
+    "Brightness; pictures that are wider than high have a part of their own."
+    return [Reward(light := (float(x.mean()) + 1) / 2, {"light": light} | ({"wide": 1 - light} if x.shape[-1] > x.shape[-2] else {})) for x in images]
 
 
 class Lamps:
@@ -53,9 +56,16 @@ def module(kind=LitGRPO, **options):
         return kind(model, tokenizer, replace(GRPOConfig.tiny(), num_generations=4, beta=.01), STEPS, 1e-3, **options)
 
 
+def documents(step: int, rank: int, world: int) -> list[Batch]:
+    "Six supervised documents of unlike lengths, shared out."
+    vocab, rng = module().model.vocab, make_rng(step, "documents")
+    docs = [image_sample(vocab, ImagePrompt([rng.randrange(1, 50)] * (1 + k), (1, 1 + k)), torch.tensor([rng.randrange(16)] * (1 + k))) for k in range(6)]
+    return [pad_batch(vocab, docs[rank::world])]
+
+
 def train(out: Path, n: int):
     "What each process runs."
-    lit = module()
+    lit = module(replay=documents)
     fit(lit, mixed_items([Lamps()], 6, 0), STEPS, out, "grpo", every=1, precision="32-true", devices=n, strategy="ddp_find_unused_parameters_true" if n > 1 else "auto")
     if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", lit.model.state_dict())
 
@@ -86,7 +96,13 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     apart = sum(float((one[k] - two[k]).pow(2).sum()) for k in one) ** .5
     assert moved > 1e-2, "nothing was learnt, so nothing was compared"
     assert apart < 1e-3 * moved, (apart, moved)
-    assert 0 < min(read_log(tmp_path/"one")["live_samples"][1]) < 1  # groups without variance were among them
+    log, shared = (read_log(tmp_path/n) for n in ("one", "two"))
+    assert 0 < min(log["live_samples"][1]) < 1  # groups without variance were among them
+    assert log.keys() == shared.keys() >= {"reward", "entropy", "surprise", "kl", "ratio_max", "replay", "no_verdict", "t2i_total", "edit_light", "edit_wide"}
+    for name, (steps, values) in log.items():  # the log of two processes is that of one, not that of the first process
+        assert shared[name][0] == steps and len(steps) == STEPS, name
+        assert shared[name][1] == pytest.approx(values, rel=1e-3, abs=1e-5, nan_ok=True), name
+    assert len(set(log["reward"][1])) == len(set(log["replay"][1])) == STEPS
     straight, broken = (load_tensors(tmp_path/name/"weights.safetensors") for name in ("straight", "broken"))
     assert all(torch.equal(v, broken[k]) for k, v in straight.items())  # broken off between two updates on one rollout: each process went on with its own drawings
     assert any(not torch.equal(v, start[k]) for k, v in straight.items()) and len(read_log(tmp_path/"broken")["reward"][0]) == 1
@@ -109,6 +125,7 @@ def test_the_weights_after_reinforcement_share_the_tokenizer_of_the_start():
     assert any(not torch.equal(v, after.model.state_dict()[k]) for k, v in start.model.state_dict().items())
     phase = after.card["rl"][-1]
     assert (phase["start"], phase["phase"], phase["worlds"], phase["run"]["seed"]) == ("sft", "joint", ["shapes", "openmoji"], 0) and after.card["plan"]
+    assert phase == told("joint", ("shapes", "openmoji"), PhaseConfig(steps=260, words=True, replay=32), "sft", phase["weights"])  # what became an option later is not in the way of older runs
     assert after.card["sft"][-1]["start"] == "tiny" and all(c in (ROOT/"Makefile").read_text() for c in after.card["command"].split(", then "))  # `make train` is what made it
     assert sum(f.stat().st_size for f in models.rglob("*") if f.is_file()) < 30e6
     one, two = (load_json(models/name/"scores.json") for name in ("tiny", "tiny-rl"))
@@ -124,6 +141,19 @@ def test_train_grpo_is_a_command(tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", "grpo", "--out", out, "--phase", "t2i", "--steps", "1"]) == 2
     assert "another run" in capsys.readouterr().err
+
+
+def test_the_recipe_is_a_command(tmp_path, monkeypatch, capsys):
+    for name, value in dict(n_prompts=1, num_generations=2, replay=0).items(): monkeypatch.setitem(grpo_recipe.__kwdefaults__, name, value)  # as small as can be
+    args, models = ["recipe", "--steps", "1", "--seed", "3", "--out", str(tmp_path)], [tmp_path/phase/"model" for phase in ("t2i", "edit", "joint")]
+    assert main(args) == 0 and f"done: {models[-1]}" in capsys.readouterr().out
+    cards = [Arm.from_pretrained(m).card for m in models]
+    assert [e["phase"] for e in cards[-1]["rl"]] == ["t2i", "edit", "joint"] and {e["run"]["seed"] for e in cards[-1]["rl"]} == {3}
+    assert [c["name"] for c in cards] == ["arm-tiny-t2i", "arm-tiny-t2i-edit", "arm-tiny-t2i-edit-joint"]  # a demo tells them apart
+    assert cards[1]["command"].startswith(cards[0]["command"] + ", then arm train grpo ") and f"--phase edit --model {models[0]} --steps 1" in cards[1]["command"]
+    times = [(m/"config.json").stat().st_mtime_ns for m in models]
+    assert main(args) == 0 and times == [(m/"config.json").stat().st_mtime_ns for m in models]  # done already
+    assert main([*args[:2], "2", *args[3:]]) == 2 and "another run" in capsys.readouterr().err
 
 
 if __name__ == "__main__": both(Path(sys.argv[1]))

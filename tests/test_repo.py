@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+from tools import check
 from tools.repo import ROOT, text_of, tracked
 
 TOP = {"nbs", "arm", "data", "tests", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "README.md", "Makefile", ".ci", "LICENSE",
@@ -22,6 +23,15 @@ def test_names_no_machine_no_registry_and_no_unfinished_business(path):
     if path.endswith(".ipynb"): text = re.sub(r'"image/[^"]+": "[^"]*"', "", text)
     m = BAD.search(text)
     assert m is None, f"{path}: {text[max(0, m.start()-40):m.end()+40]!r}"
+
+
+def test_the_first_gate_looks_at_all_code(monkeypatch):
+    seen = []
+    monkeypatch.setattr(check, "run", lambda *words: seen.extend(words) or 0)
+    assert check.names() == 0
+    assert not [p for p in tracked() if p.suffix in (".py", ".ipynb") and not {str(p.relative_to(ROOT)), p.relative_to(ROOT).parts[0]} & set(seen)]
+    monkeypatch.undo()
+    assert check.names() == 0
 
 
 def test_only_what_belongs_lies_at_the_top():

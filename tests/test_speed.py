@@ -1,5 +1,6 @@
 """Races as users meet them: equal work or no comparison, outcomes kept whole, refusals in one line."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,3 +77,14 @@ def test_columns_change_neither_numbers_nor_files(tmp_path):
     assert generate_text(columns, [[1, 2, 3], [4, 5]], max_new=12) == before
     columns.train()(torch.tensor([[1, 2, 3]])).sum().backward() # trains as before
     assert columns.blocks[0].ffn.down.weight.grad.shape == columns.blocks[0].ffn.down.weight.shape
+
+
+def test_a_rollout_is_raced_against_its_own_pictures_alone(monkeypatch):
+    import arm.app.bench as benches
+    assert "rollouts" in RACES
+    honest = benches.rollout
+    def reversed_codes(*args, **kwargs):
+        held = honest(*args, **kwargs)
+        return replace(held, codes=[c.flip(0) for c in held.codes])
+    monkeypatch.setattr(benches, "rollout", reversed_codes)
+    with pytest.raises(ValueError, match="different work"): benches.rollouts(samples=2, repeats=1)

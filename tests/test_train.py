@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from arm.core import load_tensors, save_tensors, seeded
+from arm.data.openmoji import DATA
 from arm.data.text import default_tokenizer
 from arm.model.transformer import ARM, ARMConfig
 from arm.tokenizer.decoder import DecoderConfig
 from arm.tokenizer.model import TokenizerConfig, VisualTokenizer
 from arm.tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig
+from arm.train import renderers, run, sft
 from arm.train.arm import LitARM
 from arm.train.data import ShapesPictures, mixed_pictures
 from arm.train.pool import ShapesPool, mixed_tokens
@@ -92,6 +94,44 @@ def test_a_run_that_ends_early_is_no_finished_run(tmp_path):
     module.training_step = asked_to_stop
     with pytest.raises(ValueError, match="stopped after 2 of 4 steps"): fit(module, draw, 4, tmp_path, "decoder", every=1)
     assert fit(stage("decoder", 4)[0], draw, 4, tmp_path, "decoder", every=1).global_step == 4 # and goes on
+
+
+@pytest.mark.parametrize("device, devices, accelerator, cards, precision", [("auto", 1, "cuda", 1, "32-true"), ("auto", 2, "cuda", 2, "32-true"), ("cuda", 2, "cuda", 2, "32-true"), ("cuda:1", 1, "cuda", [1], "32-true"), ("cpu", 1, "cpu", 1, "bf16-mixed")])
+def test_a_machine_with_cards_trains_where_it_is_told(device, devices, accelerator, cards, precision, tmp_path, monkeypatch):
+    class Begun(Exception): pass
+    def begun(**asked): raise Begun((asked["accelerator"], asked["devices"], asked["precision"]))
+    for name, answer in (("is_available", True), ("device_count", 2), ("is_bf16_supported", False)): monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **_: answer)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(run.L, "Trainer", begun)
+    module, draw = stage("decoder", 4)
+    with pytest.raises(Begun) as seen: fit(module, draw, 4, tmp_path/"run", "decoder", device=device, devices=devices)
+    assert seen.value.args[0] == (accelerator, cards, precision)
+    with pytest.raises(ValueError, match="one card trains in one process"): fit(module, draw, 4, tmp_path/"other", "decoder", device="cuda:1", devices=2)
+    with pytest.raises(ValueError, match="cuda:2"): fit(module, draw, 4, tmp_path/"other", "decoder", device="cuda:2")
+    assert not (tmp_path/"other").exists()
+
+
+def test_every_stage_hands_its_device_on(tmp_path, monkeypatch):
+    class Begun(Exception): pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    def begun(*_, **asked): raise Begun(asked["device"])
+    def told(stage, **more):
+        with pytest.raises(Begun) as seen: stage(str(tmp_path/stage.__name__), device="cuda:1", **more)
+        return seen.value.args[0]
+    small = dict(steps=2, batch=4, every=2)
+    for home in (run, sft, renderers): monkeypatch.setattr(home, "fit", begun)
+    assert told(train_teacher, quick=True, **small) == told(run.train_all, quick=True, **small) == "cuda:1"
+    assert told(sft.train_sft, worlds=("shapes",), scenes=16, **small) == told(renderers.train_renderers, quick=True, model=str(DATA/"models"/"tiny"), **small) == "cuda:1"
+    monkeypatch.undo()
+    whole = str(tmp_path/"whole")
+    train_teacher(whole, quick=True, device="cpu", **small)
+    for next_one, more in ((run.train_tokenizer, {}), (run.train_arm, dict(scenes=16))):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "fit", begun)
+            with pytest.raises(Begun, match="cpu"): next_one(whole, quick=True, device="cpu", **more, **small)
+        if next_one is run.train_tokenizer: next_one(whole, quick=True, **small)
 
 
 def test_the_same_command_twice_gives_the_same_bytes(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RACES', 'documents', 'training', 'product_rate', 'peak_share', 'Allocations', 'worst_moment', 'loss_memory',
-           'encoding', 'machine', 'bench', 'bench_table', 'save_bench']
+           'encoding', 'rollouts', 'machine', 'bench', 'bench_table', 'save_bench']
 
 # %% ../../nbs/91n_app.bench.ipynb #eb2581c3
 import time, weakref
@@ -20,11 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .speed import HEADER, SIZES, Outcome, generation, guided, memory_share, race, twin
 from ..core import make_rng, pick_precision, save_json, seeded
-from ..data.shapes import sample_scene
+from ..data.openmoji import DATA
+from ..data.shapes import render, sample_scene
 from ..data.shapetext import full_caption
 from ..data.text import default_tokenizer
 from ..model.sequence import IGNORE, Sample, split_batch
+from ..model.tasks import NOTE, Arm
 from ..model.transformer import ARM, ARMConfig, head_logps
+from ..rl.grpo import GRPOConfig
+from ..rl.prompts import ShapesItems, rollout
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
 from ..tokenizer.siglip import SiglipTowers, TowersConfig
 
@@ -185,6 +189,25 @@ def encoding(
     if not same: raise ValueError("the codes of the same features differ")
     return Outcome(f"encoding {n} pictures of {image} px", "the frozen tower alone", [b / a for a, b in zip(seconds["tower"], seconds["encode"])], bound, False, f"{out['encode'].numel()} equal codes")
 
+# %% ../../nbs/91n_app.bench.ipynb #25e087d8
+def rollouts(
+    samples: int = 8, # of each prompt; one is a caption, one an edit
+    repeats: int = 5, # turns that count
+    bound: float = 1.5, # what was asked for
+) -> Outcome: # ratio: seconds per picture of the verbs, called once per sample, over those of a rollout
+    "Drawings for reinforcement learning, by the shipped model."
+    arm = Arm.from_pretrained(DATA / "models" / "tiny")
+    source = ShapesItems(arm.tokenizer, arm.text)
+    caption, edit = items = [source(make_rng(0, "speed", task), task) for task in ("t2i", "edit")]
+    before, size = render(edit.judge.keywords["scene"]), [s * arm.patch for s in caption.prompt.grid]
+    def verbs():
+        drawn = [arm.imagine(caption.words, size, 1, seed=caption.seed + g, plan=False)[0] for g in range(samples)]
+        return drawn + [arm.edit(before, edit.words, 1, seed=edit.seed + g, temperature=1., plan=False)[0] for g in range(samples)]
+    seconds, out = race({"verbs": verbs, "rollout": lambda: rollout(arm.model, arm.tokenizer, items, GRPOConfig(num_generations=samples))}, repeats)
+    same = sum(im.info[NOTE].split()[2:] == [*map(str, c.tolist())] for im, c in zip(out["verbs"], out["rollout"].codes))
+    if same < 2 * samples - 1: raise ValueError(f"{2 * samples - same} of {2 * samples} pictures have other codes; a comparison of different work is worth nothing") # rounding differs with the size of a batch, and may turn one choice
+    return Outcome(f"rollout, {samples} samples of a caption and of an edit", "imagine and edit, once per sample", [a / b for a, b in zip(seconds["verbs"], seconds["rollout"])], bound, True, f"{same} of {2 * samples} pictures equal")
+
 # %% ../../nbs/91n_app.bench.ipynb #8aa6f75e
 RACES = {"generation": lambda r: [generation("tiny", 1, 64, r, 5.), generation("25M", 1, 32, r, 2.), generation("135M", 1, 16, r, 1.2)],
          "batch": lambda r: [generation("tiny", 64, 32, r, 2.), generation("25M", 64, 16, r, 1.3)],
@@ -193,7 +216,8 @@ RACES = {"generation": lambda r: [generation("tiny", 1, 64, r, 5.), generation("
          "training": lambda r: [training("25M", 32, r)],
          "peak": lambda r: [peak_share("25M", 16, r)],
          "loss": lambda r: [loss_memory(2048, 64)],
-         "encoding": lambda r: [encoding(repeats=r)]}
+         "encoding": lambda r: [encoding(repeats=r)],
+         "rollouts": lambda r: [rollouts(repeats=r)]}
 
 def machine() -> dict: # plain data
     "What the numbers depend on."

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'build_parser', 'train', 'main']
 
 # %% ../../nbs/92_app.cli.ipynb #303f377e
-import argparse, logging, sys
+import argparse, logging, re, sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,15 +17,16 @@ from .terminal import MODEL, RENDERERS, START, Parser, exchange_renderer, fit_to
 
 # %% ../../nbs/92_app.cli.ipynb #897b1c6c
 def _chosen(args, *names): return {k: getattr(args, k) for k in names}
+def _picture_out(args, own): return writable(own if args.out is None else args.out, kind="picture", n=getattr(args, "n", 1))
 def _painter(args): return exchange_renderer(load_model(args.model, args.device, plan=False if getattr(args, "no_plan", False) else None), args.renderer, args.renderers, steps=args.render_steps, guidance=args.render_guidance, shift=args.render_shift)
 
 def _imagine(args):
-    out = writable(args.out or "imagined.png", kind="picture")
+    out = _picture_out(args, "imagined.png")
     model = _painter(args)
     save_pictures(model.imagine(args.prompt, args.size, args.n, **_chosen(args, "seed", "temperature", "top_k", "top_p", "cfg_scale")), out, zoom=args.zoom)
 
 def _edit(args):
-    out, picture = writable(args.out or f"{Path(args.picture).stem}-edited.png", kind="picture"), read_picture(args.picture)
+    out, picture = _picture_out(args, f"{Path(args.picture).stem}-edited.png"), read_picture(args.picture)
     model = _painter(args)
     save_pictures(model.edit(fit_to(model, picture, args.picture), args.instruction, args.n, **_chosen(args, "seed", "temperature", "text_scale", "image_scale")), out, zoom=args.zoom)
 
@@ -35,7 +36,7 @@ def _ask(args):
     print(model.describe(fitted) if args.question is None else model.answer(fitted, args.question))
 
 def _reconstruct(args):
-    out, picture = writable(args.out or f"{Path(args.picture).stem}-reconstructed.png", kind="picture"), read_picture(args.picture)
+    out, picture = _picture_out(args, f"{Path(args.picture).stem}-reconstructed.png"), read_picture(args.picture)
     model = _painter(args)
     fitted = fit_to(model, picture, args.picture)
     save_pictures([model.reconstruct(fitted)], out, zoom=args.zoom)
@@ -118,6 +119,7 @@ def train(argv: Sequence[str], # the words after "arm train"
           ) -> None:
     "Read the settings of a stage from its function's signature, and run it."
     from arm.app.runs import started
+    from arm.core import pick_device
     from arm.rl import recipe
     from arm.train import borrowed, renderers, run, sft
     homes = {"renderers": renderers, "sft": sft, "grpo": recipe, "codes": borrowed}
@@ -128,6 +130,7 @@ def train(argv: Sequence[str], # the words after "arm train"
     stages = {stage: getattr(homes.get(stage, run), name) for stage, name in STAGES.items() if stage != "flux" or stage in homes}
     stage, values = read_settings(argv, stages, "arm train", "Train a stage, or all of them; an interrupted run goes on from its checkpoint. Example: arm train all --quick")
     writable(values["out"], kind="folder")
+    pick_device(values.get("device", "auto"))
     with started(values["out"], ["arm", "train", *argv], values): stages[stage](**values)
     print(f"done: {Path(values['out'])/('model' if stage in ('all', 'sft', 'grpo') else stage)}")
 
@@ -146,4 +149,7 @@ def main(argv: Sequence[str] | None = None, # the words after "arm"; None takes 
     except SystemExit as e: return int(e.code or 0)  # --help, --version, --print_config
     except KeyboardInterrupt: print("arm: interrupted", file=sys.stderr); return 130
     except (ValueError, OSError) as e: print(f"arm: {one_line(e)}", file=sys.stderr); return 2
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)): raise
+        print("arm: the memory is not enough for this; ask for fewer or smaller pictures or a smaller batch, or use a machine with more of it", file=sys.stderr); return 2
     return 0

@@ -17,7 +17,7 @@ def _benchmark(args):
     from arm.app.trial import Trial, local_device, trial
     from arm.eval.bench import report
     if not args.data: raise ValueError(f"{args.name}: give its official questions or prompts with --data")
-    out, file = writable(args.out or f"runs/{args.name}{'-rewritten' if args.rewritten else ''}", kind="folder"), args.json and writable(args.json)
+    out, file = writable(f"runs/{args.name}{'-rewritten' if args.rewritten else ''}" if args.out is None else args.out, kind="folder"), None if args.json is None else writable(args.json)
     asked = Trial(name=args.name, data=args.data, out=str(out), images=args.images, key=args.key or [], judge=args.judge, judge_model=args.judge_model, judge_key=args.judge_key,
                   rewrite=args.rewritten, size=args.size, sampling={k: getattr(args, k) for k in SAMPLING if getattr(args, k) is not None}, seed=args.seed, model=str(args.model))
     text, result = trial(asked, lambda: load_model(args.model, local_device(args.device), plan=False if args.no_plan else None), say=lambda line: print(line, file=sys.stderr))
@@ -43,7 +43,7 @@ def _evaluate(args):
         raise ValueError(f"{', '.join(lost)}: of {'our own examination, and ' + args.name + ' is a benchmark' if args.name else 'a benchmark, and none is named; name it, such as: arm eval pope'}; leave {'it' if len(lost) == 1 else 'them'} out otherwise")
     if args.renderers and args.worlds: raise ValueError("--worlds with --renderers: renderers are examined on shapes; leave --worlds out")
     if args.name: return _benchmark(args)
-    out, model = args.json and writable(args.json), load_model(args.model, args.device, plan=False if args.no_plan else None)
+    out, model = None if args.json is None else writable(args.json), load_model(args.model, args.device, plan=False if args.no_plan else None)
     if args.renderers: return _renderers(args, model, out)
     from arm.eval.suite import evaluate, save_scores, score_table
     scores = evaluate(model, n=args.n or 1000, seed=args.seed, worlds=tuple(args.worlds or ("shapes", "openmoji")))
@@ -60,7 +60,7 @@ def _add_eval(command):
     p.add_argument("--judge-model", default="", metavar="NAME", help="the judge's name at that address (default: the one that it serves)")
     p.add_argument("--judge-key", default="ARM_JUDGE_KEY", metavar="VAR", help="environment variable with the address's key (default ARM_JUDGE_KEY)")
     p.add_argument("--rewritten", default="", metavar="FILE", help="JSON object id -> prompt to draw in place of the benchmark's; a run of its own")
-    p.add_argument("--out", default="", metavar="DIR", help="folder of the benchmark's run; the same command goes on with a broken one (default runs/NAME)")
+    p.add_argument("--out", metavar="DIR", help="folder of the benchmark's run; the same command goes on with a broken one (default runs/NAME)")
     p.add_argument("--size", type=size, metavar="HxW", help="of the benchmark's drawings, height x width in pixels (default 48x48)")
     for k, what in zip(SAMPLING, ("of a benchmark's drawings or edits, 0 is greedy (default: 1 for drawings, 0 for edits)", "guidance by the prompt (default 1: none)", "an edit's guidance by the instruction (default 1: none)", "an edit's guidance by the source (default 1: none)")):
         p.add_argument(f"--{k.replace('_', '-')}", type=number(float, 0, 100), help=what)
@@ -84,14 +84,15 @@ def _add_score(command):
 def _study(args):
     out = writable(args.out, kind="folder")
     from arm.app.study import study
-    study(args.name, str(out), args.seeds, args.steps)
+    study(args.name, str(out), args.seeds, args.steps, args.start)
 
 def _add_study(command):
     p = command("study", _study, "run a recorded study again, or what is left of it", ["objectives", "bits --steps 20 --seeds 1 --out runs/try"])
-    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, kl, trials")
+    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, transfers, kl, trials")
     p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
     p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
     p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")
+    p.add_argument("--start", default="", metavar="DIR", help="studies of reinforcement learning: a model folder to begin from, other than data/models/tiny; its record is named NAME-DIR")
 
 # %% ../../nbs/91z_app.commands.ipynb #f4bcf24d
 def _plan(args):
@@ -110,7 +111,13 @@ def _add_plan(command):
 def _recipe(args):
     out = writable(args.out, kind="folder")
     from arm.rl.recipe import grpo_recipe
-    print(f"done: {grpo_recipe(str(out), str(args.model), steps=args.steps, words=args.words, seed=args.seed, worlds=tuple(args.worlds))}")
+    from arm.app.runs import started
+    from arm.core import pick_device
+    pick_device(args.device)
+    own = dict(steps=args.steps, words=args.words, seed=args.seed, worlds=tuple(args.worlds))
+    said = ["arm", "recipe", "--out", str(out), "--model", str(args.model), "--steps", str(args.steps), "--seed", str(args.seed), "--worlds", *args.worlds, *(["--words"] if args.words else [])]
+    with started(out, said, dict(out=str(out), model=str(args.model), device=args.device) | own): done = grpo_recipe(str(out), str(args.model), device=args.device, **own)
+    print(f"done: {done}")
 
 def _add_recipe(command):
     p = command("recipe", _recipe, "reinforcement learning in three phases: text to image, edits, both", ["", "--steps 100 --out runs/try", "--worlds shapes openmoji --words --model runs/sft/model"])
@@ -119,6 +126,7 @@ def _add_recipe(command):
     p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=["shapes"], help="where prompts come from (default shapes)")
     p.add_argument("--words", action="store_true", help="learn from the words before a picture, too; each drawing has its own")
     p.add_argument("--out", default="runs/recipe", metavar="DIR", help="folder of the run; the model lands in DIR/joint/model (default runs/recipe)")
+    p.add_argument("--device", default="auto", help="where to train: auto (default), cpu, cuda, cuda:1, mps")
     p.add_argument("--steps", type=number(int, 1, 10**7), default=480, metavar="N", help="updates of each phase (default 480)")
 
 # %% ../../nbs/91z_app.commands.ipynb #928bfd08
@@ -176,7 +184,7 @@ def _add_app(command):
 
 # %% ../../nbs/91z_app.commands.ipynb #13388fe9
 def _bench(args):
-    file = args.json and writable(args.json)
+    file = None if args.json is None else writable(args.json)
     from arm.app.bench import bench, bench_table, save_bench
     outcomes = bench(args.names, args.repeats, say=lambda line: print(line, file=sys.stderr))
     print(bench_table(outcomes))
@@ -184,7 +192,7 @@ def _bench(args):
 
 def _add_bench(command):
     p = command("bench", _bench, "races against other libraries on this machine, in turns, with equal results", ["", "generation guidance --repeats 3", "--json bench.json"])
-    p.add_argument("names", nargs="*", metavar="RACE", help="generation, batch, memory, guidance, training, peak, loss or encoding (default: all)")
+    p.add_argument("names", nargs="*", metavar="RACE", help="generation, batch, memory, guidance, training, peak, loss, encoding or rollouts (default: all)")
     p.add_argument("--repeats", type=number(int, 1, 1000), default=5, metavar="N", help="turns that count (default 5)")
     p.add_argument("--json", metavar="FILE", help="write the outcomes to this file too")
 

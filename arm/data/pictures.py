@@ -6,14 +6,15 @@
 __all__ = ['MAX_PIXELS', 'FORMATS', 'to_rgb', 'open_picture', 'fit_picture', 'noted_grids']
 
 # %% ../../nbs/13_data.pictures.ipynb #93b49bad
-import math, os, re, warnings
+import io, math, os, re, warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import BmpImagePlugin, IcoImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from ..core import to_float
@@ -24,20 +25,37 @@ FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000
 
 def _check_size(width: int, height: int, limit: int, name: str) -> None:
     "Refuse a picture by the size that its header states."
+    if width*height < 1: raise ValueError(f"{name} is {width} px wide and {height} px high; a picture has at least one pixel: save it again")
     if width*height > limit:
         raise ValueError(f"{name} has {width*height:,} pixels; at most {limit:,} are decoded: scale it down first")
 
+def _in_icon(f: BinaryIO) -> tuple[int, int]:
+    "Width and height of what Pillow would take from an icon, by its inner header."
+    f.seek(0)
+    entry = IcoImagePlugin.IcoFile(f).entry[0]
+    f.seek(entry.offset)
+    is_png = f.read(8) == b"\x89PNG\r\n\x1a\n"
+    f.seek(entry.offset)
+    w, h = (PngImagePlugin.PngImageFile if is_png else BmpImagePlugin.DibImageFile)(f).size
+    return w, h if is_png else h//2 # below a bitmap lies its mask
+
 def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image:
-    "A file as a Pillow picture of which only the header was read."
+    "A file as a Pillow picture of which only the header was read, or an icon of a size that may be decoded."
     Image.init()
-    try: im = Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN])
+    icon = False
+    try:
+        if not isinstance(source, (str, Path)) and not source.seekable(): source = io.BytesIO(source.read())
+        with open(source, "rb") if isinstance(source, (str, Path)) else nullcontext(source) as f:
+            f.seek(0)
+            if icon := f.read(4) == b"\0\0\1\0": _check_size(*_in_icon(f), limit, name)
+        im = Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError as e:
         raise ValueError(f"{name} has {int(re.search(r'[0-9]+', str(e))[0]):,} pixels; at most {min(limit, 2*Image.MAX_IMAGE_PIXELS):,} are decoded: scale it down first") from e
     except OSError as e:
         if e.errno: raise ValueError(f"{name} cannot be read: {e.strerror}; choose a file that you may read") from e
+        if icon: raise # its inner picture is cut off
         raise ValueError(f"{name} is not a picture in any format that is read here; give a whole file in a format such as PNG, JPEG, WebP, GIF, TIFF or BMP") from e
-    size = im.ico.getimage(im.size).size if im.format == "ICO" else im.size  # an icon's own header can understate what lies in it
-    _check_size(*size, limit, name)
+    _check_size(*im.size, limit, name)
     return im
 
 # %% ../../nbs/13_data.pictures.ipynb #73af3831
@@ -88,7 +106,7 @@ def open_picture(source: str | Path | BinaryIO | Image.Image, # a path, an open 
                 return _decode(source)
             with _header(source, max_pixels, name) as im: return _decode(im)
         except Exception as e:  # decoders of damaged files raise anything
-            if isinstance(e, ValueError) and str(e).startswith(name): raise
+            if isinstance(e, MemoryError) or isinstance(e, ValueError) and str(e).startswith(name): raise
             raise ValueError(f"{name} is damaged or cut off ({type(e).__name__}: {e}); copy or save it again") from e
 
 # %% ../../nbs/13_data.pictures.ipynb #8127ea48

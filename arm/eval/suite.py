@@ -36,15 +36,15 @@ GOALS = { # path of a score: (what it says, goal of the shipped model, goal of -
     "openmoji/t2i_unseen/strict/greedy": ("OpenMoji, held-out combinations drawn, nearest, greedy", .35, None),
     "openmoji/t2i_unseen/top5/greedy": ("OpenMoji, held-out combinations drawn, in the 5 nearest, greedy", .65, None),
     "openmoji/edit/strict/greedy": ("OpenMoji, edits to held-out combinations, nearest, greedy", None, None),
-    "openmoji/edit/strict/greedy/combo/tone": ("OpenMoji, the same, tone", .50, None),
-    "openmoji/edit/strict/greedy/combo/gender": ("OpenMoji, the same, gender", .25, None),
+    "openmoji/edit/strict/greedy/combo/tone": ("OpenMoji, the same, tone, greedy", .50, None),
+    "openmoji/edit/strict/greedy/combo/gender": ("OpenMoji, the same, gender, greedy", .25, None),
     "openmoji/edit/strict/greedy/pair/all": ("OpenMoji, held-out pairs of closed families, nearest, greedy", .85, None),
     "openmoji/edit_worn/strict/greedy": ("OpenMoji, edits of worn pictures to held-out combinations, nearest, greedy", None, None),
     "openmoji/qa/exact": ("OpenMoji, questions on held-out pictures, greedy", None, None),
     "openmoji/qa_worn/exact": ("OpenMoji, questions on worn held-out pictures, greedy", None, None),
-    "openmoji/qa/exact/combo/tone": ("OpenMoji, tone of held-out combinations", .95, None),
-    "openmoji/qa/exact/combo/gender": ("OpenMoji, gender of held-out combinations", .90, None),
-    "openmoji/qa/exact/concept/colour": ("OpenMoji, main colour of held-out concepts", .95, None),
+    "openmoji/qa/exact/combo/tone": ("OpenMoji, tone of held-out combinations, greedy", .95, None),
+    "openmoji/qa/exact/combo/gender": ("OpenMoji, gender of held-out combinations, greedy", .90, None),
+    "openmoji/qa/exact/concept/colour": ("OpenMoji, main colour of held-out concepts, greedy", .95, None),
     "openmoji/caption/exact/combo": ("OpenMoji, captions of held-out combinations, word for word, greedy", None, None)}
 AT_MOST = ("codes_changed",) # parts of paths whose goals are upper bounds
 
@@ -100,7 +100,7 @@ def score_table(
     lines = ["| score | value | 95 % interval | n | goal | |", "|---|---|---|---|---|---|"]
     kinds = [k for k in scores if k.startswith("shapes/qa/exact/")]
     for key in [k for k in ([*GOALS, *kinds] if keys is None else keys) if k in scores]:
-        s, text, goal = scores[key], GOALS.get(key, (f"`{key}`",))[0], goal_of(key, scores, quick=quick)
+        s, text, goal = scores[key], GOALS.get(key, (f"`{key}`{', greedy' if '/qa/exact/' in key else ''}",))[0], goal_of(key, scores, quick=quick)
         digits = 1 if "psnr" in key else 3
         word = "" if goal is None else f"{'≤' if any(part in key for part in AT_MOST) else '≥'} {goal:.3g}"
         verdict = {None: "", True: "kept", False: "missed"}[kept(key, s["value"], goal)]

@@ -24,13 +24,13 @@ from .transformer import ARM
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     "How one id is drawn from logits; in a factorised head it holds for every group of bits."
-    temperature: float = 1. # divides the logits; 0 takes the likeliest
+    temperature: float = 1. # divides the logits, at least 1e-6; 0 takes the likeliest
     top_k: int = 0     # keep the k likeliest; 0 keeps all
     top_p: float = 1.  # keep the likeliest until their sum reaches p
     min_p: float = 0.  # keep what has at least min_p times the likeliest's probability
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"): raise ValueError(f"temperature={self.temperature!r}; it must be 0 (greedy) or positive.")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")): raise ValueError(f"temperature={self.temperature!r}; it must be 0 (greedy), or at least 1e-06, below which logits overflow when they are divided by it: take 0.")
         if self.top_k < 0: raise ValueError(f"top_k={self.top_k!r}; it must be 0 (all) or a positive number of ids.")
         if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p!r}; it must be in (0, 1], where 1 keeps all.")
         if not 0 <= self.min_p <= 1: raise ValueError(f"min_p={self.min_p!r}; it must be in [0, 1], where 0 keeps all.")
@@ -172,6 +172,7 @@ def image_steps(
     sampling: Sampling, # temperature and filters
     weights: dict[str, float], # branches and their shares, from `Guidance.weights`
     seeds: list[int], # P*G
+    watch: Callable[[Tensor, Tensor], None] | None = None, # told of each group of bits of every code, before it is drawn: (P*G,V) mixed logits, and (P*G,) bool, whose pictures have that code
 ) -> Iterator[Tensor]: # (P*G, i) codes so far, i = 1..N of the largest grid; smaller pictures are done earlier
     "All samples of some prompts in one batch, all branches side by side, code by code."
     v, R, device = model.vocab, len(weights), model.text_weight.device
@@ -183,7 +184,11 @@ def image_steps(
     for i in range(N):
         if i: decoder.feed((codes[:, i - 1] + v.visual_offset).repeat(R), code_places(grids, i - 1).repeat(R, 1))
         h = decoder.hidden.unflatten(0, (R, -1)) # (R,n,D)
-        codes[:, i] = model.visual_head.sample(h, lambda logits, g: draw(mix(logits), u[:, i, g], sampling))
+        def choose(logits, g):
+            mixed = mix(logits)
+            if watch: watch(mixed, i < grids.prod(-1))
+            return draw(mixed, u[:, i, g], sampling)
+        codes[:, i] = model.visual_head.sample(h, choose)
         yield codes[:, :i + 1]
 
 # %% ../../nbs/33_model.generate.ipynb #117f2f99
@@ -209,6 +214,7 @@ def generate_images(
     seeds: int | list[int] = 0, # one per sample (P*G), or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
     batch_size: int = 256, # rows at the same time, all branches counted; the samples of one prompt always run together
+    watch: Callable[[Tensor, Tensor], None] | None = None, # see `image_steps`
 ) -> list[Tensor]: # P*G tensors (N,) of codes, the samples of a prompt contiguous; stack them where grids agree
     "Draw pictures as codes."
     seeds = seed_list(seeds, len(prompts) * num_generations)
@@ -220,7 +226,7 @@ def generate_images(
         step = max(1, batch_size // (num_generations * len(weights)))
         for chunk in (todo[a:a + step] for a in range(0, len(todo), step)):
             mine = [s for i in chunk for s in seeds[i * num_generations:(i + 1) * num_generations]]
-            for codes in image_steps(model, [prompts[i] for i in chunk], num_generations, sampling, weights, mine): pass
+            for codes in image_steps(model, [prompts[i] for i in chunk], num_generations, sampling, weights, mine, watch): pass
             for j, i in enumerate(chunk): out[i] = [c[:math.prod(prompts[i].grid)].cpu() for c in codes[j * num_generations:(j + 1) * num_generations]]
     return [c for i in range(len(prompts)) for c in out[i]]
 

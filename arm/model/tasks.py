@@ -21,6 +21,7 @@ from .generate import Guidance, Sampling, generate_images, generate_text, write_
 from .layers import by_columns
 from .sequence import ImagePrompt, qa_prompt
 from .transformer import ARM, ARMConfig
+from ..tokenizer.decoder import at_once
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
 
 # %% ../../nbs/34_model.tasks.ipynb #abbb97a4
@@ -32,12 +33,15 @@ NOTE = "arm-codes" # under this name a picture that was painted from codes carri
 def grouped(
     keys:list, # one hashable key per item
     fn:Callable[[list[int]], list], # item numbers of one key -> their results, in order
+    most:Callable|None=None, # key -> items at a time; None: all
 ) -> list: # results in the order of the items
     "Treat items of one kind together, and give the results back in the order of the items."
     out = [None] * len(keys)
     for key in dict.fromkeys(keys):
         at = [i for i, k in enumerate(keys) if k == key]
-        for i, r in zip(at, fn(at), strict=True): out[i] = r
+        step = most(key) if most else len(at)
+        for part in (at[k:k + step] for k in range(0, len(at), step)):
+            for i, r in zip(part, fn(part), strict=True): out[i] = r
     return out
 
 # %% ../../nbs/34_model.tasks.ipynb #eb8ec5de
@@ -61,26 +65,22 @@ class ArmBase:
 
     def encode(self,
         images:Tensor|list[Tensor], # (B, 3, H, W), or a list of (3, H, W); bytes, or floats in [-1, 1]
-        batch_size:int=256, # pictures at a time
+        batch_size:int=256, # pictures at a time; of large ones fewer, see `at_once`
     ) -> list[Codes]: # one per picture
         "Pictures to codes."
         def run(at):
-            chunks = [self.tokenizer.encode(to_float(torch.stack([images[i] for i in at[k:k + batch_size]])).to(device_of(self.tokenizer))) for k in range(0, len(at), batch_size)]
             h, w = (s // self.patch for s in images[at[0]].shape[-2:])
-            return [(c, (h, w)) for c in torch.cat(chunks)]
-        return grouped([tuple(im.shape) for im in images], run)
+            return [(c, (h, w)) for c in self.tokenizer.encode(to_float(torch.stack([images[i] for i in at])).to(device_of(self.tokenizer)))]
+        return grouped([tuple(im.shape) for im in images], run, lambda shape: at_once(shape[-2] * shape[-1] // self.patch**2, batch_size))
 
     def decode(self,
         codes:list[Codes], # of any sizes
         steps:int=1, # Euler steps of the flow; one is the decoder's mean picture
-        batch_size:int=256, # pictures at a time
+        batch_size:int=256, # pictures at a time; of large ones fewer, see `at_once`
     ) -> list[Tensor]: # (3, H, W) floats in [-1, 1]
         "Codes to pictures."
-        def run(at):
-            grid = codes[at[0]][1]
-            return [im for k in range(0, len(at), batch_size)
-                    for im in self.tokenizer.decode(torch.stack([codes[i][0].to(device_of(self.tokenizer)) for i in at[k:k + batch_size]]), grid, steps)]
-        return grouped([grid for _, grid in codes], run)
+        run = lambda at: list(self.tokenizer.decode(torch.stack([codes[i][0] for i in at]).to(device_of(self.tokenizer)), codes[at[0]][1], steps))
+        return grouped([grid for _, grid in codes], run, lambda grid: at_once(grid[0] * grid[1], batch_size))
 
 # %% ../../nbs/34_model.tasks.ipynb #a62fa8d9
 class ArmFolder(ArmBase):
@@ -243,7 +243,7 @@ class ArmPainted(ArmCodes):
     ) -> list[Image.Image]: # one per picture; those of the own decoder at one step carry their codes
         "Codes to Pillow pictures."
         other = lambda at: list(self.renderer.render(torch.stack([codes[i][0] for i in at]), codes[at[0]][1]))
-        pictures = [to_pil(x) for x in (self.decode(codes, steps) if self.renderer is None else grouped([grid for _, grid in codes], other))]
+        pictures = [to_pil(x) for x in (self.decode(codes, steps) if self.renderer is None else grouped([grid for _, grid in codes], other, lambda grid: at_once(grid[0] * grid[1])))]
         for im, (c, grid) in zip(pictures, codes):
             if steps == 1 and self.renderer is None: im.info[NOTE] = " ".join(map(str, (*grid, *c.tolist())))
         return pictures

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T2I_WEIGHTS', 'EDIT_WEIGHTS', 'TARGET_WEIGHTS', 'PALETTE_WEIGHTS', 'Reward', 'weigh', 'totals', 'unjudged',
-           'part_means', 'caption_reward', 'edit_reward', 'target_rewards', 'palette_reward', 'similarity_rewards',
-           'ink_reward']
+           'part_sums', 'pooled', 'part_means', 'caption_reward', 'edit_reward', 'target_rewards', 'palette_reward',
+           'similarity', 'similarity_rewards', 'ink_reward']
 
 # %% ../../nbs/60a_rl.rewards.ipynb #b9fa55f2
 from collections.abc import Callable
@@ -56,15 +56,29 @@ def unjudged(
     known = [v for v in reward.parts.values() if v is not None]
     return isnan(reward.total) and (not reward.parts or any(isnan(v) for v in known))
 
-def part_means(
-    rewards: list[Reward], # any samples
-) -> dict[str, float]:     # name -> mean over the samples that have a verdict on it, and "total"
-    "What to log: each part on its own."
+def part_sums(
+    rewards: list[Reward],              # any samples
+) -> dict[str, tuple[float, int]]:      # name, and "total" -> sum over the samples that have a verdict on it, and how many these are
+    "Each part on its own, ready to be added up."
     known = {k: [] for r in rewards for k in r.parts} | {"total": []}
     for r in rewards:
         for k, v in {**r.parts, "total": r.total}.items():
             if v is not None and not isnan(v): known[k].append(v)
-    return {k: sum(v) / len(v) for k, v in known.items() if v}
+    return {k: (sum(v), len(v)) for k, v in known.items()}
+
+def pooled(
+    told: list[dict[str, tuple[float, int]]], # sums and counts of several processes; a name that one has not seen counts 0 there
+) -> dict[str, float]:                        # name -> mean over all; NaN where all counts are 0
+    "Means from sums."
+    names = dict.fromkeys(k for sums in told for k in sums)
+    both = {k: [sum(x) for x in zip(*(sums.get(k, (0., 0)) for sums in told))] for k in names}
+    return {k: s / n if n else nan for k, (s, n) in both.items()}
+
+def part_means(
+    rewards: list[Reward], # any samples
+) -> dict[str, float]:     # name -> mean over the samples that have a verdict on it, and "total"
+    "What to log: each part on its own."
+    return {k: s / n for k, (s, n) in part_sums(rewards).items() if n}
 
 # %% ../../nbs/60a_rl.rewards.ipynb #8672f254
 T2I_WEIGHTS = {"strict": .7, "count": .1, "attributes": .1, "relation": .1}
@@ -158,16 +172,26 @@ def palette_reward(
     return weigh(dict(tone=None if tone is None else float(read_tone(to_uint8(picture).cpu()) == tone), palette=(torch.minimum(a, b).sum() / torch.maximum(a, b).sum().clamp_min(1)).item()), weights)
 
 # %% ../../nbs/60a_rl.rewards.ipynb #6416d95a
-def similarity_rewards(
+def similarity(
     towers,                # `SiglipTowers`, tiny or pretrained
     images: Tensor,        # (B, 3, H, W) in [-1, 1], sides divisible by the patch; a gradient passes through
     texts: list[str],      # one caption per image
-    encode: Callable[[str], list[int]], # text to ids, of the towers' own text tokenizer
+    encode: Callable[[str], list[int]]|None=None, # text to ids, of the towers' own text tokenizer; None: towers from `load_towers` bring their own words
 ) -> Tensor:               # (B,) cosine, -1 to 1
-    "Learned reward: how well a picture and its caption agree in SigLIP's embedding (arXiv 2303.15343)."
+    "How well a picture and its caption agree in SigLIP's embedding (arXiv 2303.15343)."
     if len(images) != len(texts): raise ValueError(f"{len(images)} images for {len(texts)} texts; give one each")
-    words = towers.pad_text([encode(t) for t in texts]).to(images.device)
-    return F.cosine_similarity(towers.image_embed(images), towers.text_embed(words))
+    words = towers.words(texts) if encode is None else towers.pad_text([encode(t) for t in texts])
+    return F.cosine_similarity(towers.image_embed(images), towers.text_embed(words.to(images.device)))
+
+@torch.no_grad()
+def similarity_rewards(
+    towers,                # as for `similarity`
+    images: Tensor,        # (B, 3, H, W) in [-1, 1], sides divisible by the patch
+    texts: list[str],      # one caption per image
+    encode: Callable[[str], list[int]]|None=None, # as for `similarity`
+) -> list[Reward]:         # one part, "similarity": 0 for opposite embeddings, 1 for the same
+    "Learned reward: the agreement of a picture with its caption, from 0 to 1."
+    return [weigh({"similarity": (1 + c) / 2}, {"similarity": 1.}) for c in similarity(towers, images, texts, encode).tolist()]
 
 # %% ../../nbs/60a_rl.rewards.ipynb #d467097b
 def ink_reward(

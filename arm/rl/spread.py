@@ -10,10 +10,10 @@ import copy
 import torch
 from torch import Tensor, distributed as dist
 from torch.distributed.tensor import DTensor
-from .grpo import denominator, grpo_loss, live_mask
-from .loop import LitGRPO, Rollout
-from .prompts import Item
+from .loop import LitGRPO
+from .prompts import Item, Rollout, side_by_side
 from ..tokenizer.siglip import freeze
+from ..train.meanwhile import Samples
 from ..train.strategies import Spread, SpreadData, labelled, split_projections
 from ..train.tokenizer import fair_mean, processes
 from ..train.whole import Filled, gathered
@@ -60,6 +60,7 @@ def local(
 class GRPOPieces(Filled, Spread, LitGRPO):
     "Policy and reference in pieces; the painter stays whole, since processes paint unlike numbers of pictures."
     casts, dynamic = True, None # rows differ in length from rollout to rollout: compiled anew once, for all lengths
+    sheets, seen = None, () # folder of the sheets of samples, and steps between them; prompts and pictures for the next one
 
     def trunks(self): return [m for m in (self.model, self.ref) if m is not None]
     def repeated(self): return [b for m in self.trunks() for b in m.blocks]
@@ -85,16 +86,25 @@ class GRPOPieces(Filled, Spread, LitGRPO):
     def on_train_batch_start(self, batch, batch_idx):
         if self.snapshot_every and self.ref is not None and batch[1] == 0 and self.global_step and self.global_step % self.snapshot_every == 0: self.renew()
 
+    def configure_callbacks(self): return [Samples(lambda: side_by_side(self.tokenizer, *zip(*self.seen)), *self.sheets)] if self.sheets else []
+
+    def keep(self,
+        held:Rollout, # of this process
+    ) -> Rollout: # itself
+        "A picture of each of its first items, for the sheet: they are drawn anyway."
+        self.seen = [(held.prompts[k], held.pictures[k]) for k in range(0, len(held.codes), self.cfg.num_generations)][:8]
+        return held
+
 # %% ../../nbs/63a_rl.spread.ipynb #1c0e7199
 class SpreadGRPO(GRPOPieces):
     "GRPO on many processes: DDP, FSDP2, tensor parallel."
     def draw(self, items:list[Item]) -> Rollout:
         "Every process draws its own items with a whole copy of the policy; a tensor-parallel group shares what it has drawn."
-        if not self.sharding.sharded: return super().draw(items)
+        if not self.sharding.sharded: return self.keep(super().draw(items))
         policy, updates, mesh = self.model, self.updates, self.device_mesh["tensor_parallel"]
         if len(items) % mesh.size(): raise ValueError(f"{len(items)} items for {mesh.size()} processes of a group: each draws equally many; take a multiple in n_prompts")
         self._modules["model"], self.updates = gathered(policy, self.rollout_dtype), 1
-        try: held = super().draw(items[mesh.get_local_rank()::mesh.size()])
+        try: held = self.keep(super().draw(items[mesh.get_local_rank()::mesh.size()]))
         finally: self._modules["model"], self.updates = policy, updates
         if mesh.size() > 1:
             held.pictures, told = None, [None] * mesh.size()
@@ -111,17 +121,13 @@ class SpreadGRPO(GRPOPieces):
         return evened(out, [i for i, a in enumerate(held.advantages.tolist()) if a != a], -(-int(most) // k) * k)
 
     def update_loss(self, held:Rollout, m:int=0) -> tuple[Tensor, dict[str, Tensor]]:
-        "Piece m of GRPO's loss, scaled so that the mean over pieces and processes is the loss of all samples."
-        device, sizes = self.device, self.lengths(held)
-        everything = live_mask(torch.arange(int(sizes.max())) < sizes[:, None], held.advantages)
-        below, loss, logs = self.whole(denominator(everything, self.cfg.loss_type, self.cfg.max_tokens).to(device).float()), 0., []
+        "Piece m of GRPO's loss, scaled so that the mean over pieces and processes is the loss of all samples; the log is that of all pieces so far."
+        loss, below, self.told = 0., self.below(held), self.told if m else []
         for rows in self.parts(held)[m::self.accumulate]:
-            new, mask = self.logps(self.model, held, rows)
-            with torch.no_grad(): ref = self.logps(self.ref, held, rows)[0] if self.ref is not None else None
-            old = new.detach() if held.old is None else held.old[rows, :new.shape[1]].to(device)
-            part, found = grpo_loss(new, old, mask, held.advantages[rows].to(device), self.cfg, ref_per_token_logps=ref, below=below)
-            loss, logs = loss + part, [*logs, found | dict(entropy=-new.detach()[mask].mean())]
-        return loss * self.accumulate, self.summary(logs, float((~held.advantages.isnan()).float().mean()))
+            part, found = self.part_loss(held, rows, below)
+            loss = loss + part
+            self.told.append(found)
+        return loss * self.accumulate, self.summary(self.told, held)
 
     def remember(self) -> tuple[Tensor, Tensor]:
         "As the loop's, with the documents of this process's group."
@@ -132,7 +138,7 @@ class SpreadGRPO(GRPOPieces):
             for n in (most, least): dist.all_reduce(n, op=dist.ReduceOp.MAX)
             if most != -least: raise ValueError(f"replay comes in {-int(least)} to {int(most)} parts, and each process must have as many; give it parts=1, or a multiple of the groups of processes")
         loss, _ = self.model.loss([d.to(self.device) for d in docs])
-        return fair_mean(self, loss, labelled(docs)), loss.detach()
+        return self.averaged(fair_mean(self, loss, labelled(docs)))
 
     def step_loss(self, batch, batch_idx:int) -> Tensor:
         "Draw if a rollout begins, and learn from a piece of it."

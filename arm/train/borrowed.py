@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 import lightning as L, torch
 from torch import Tensor
-from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, same_settings, save_json, save_tensors
+from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, pick_device, same_settings, save_json, save_tensors
 from ..data.pictures import fit_picture
 from ..data.shapes import CANVASES
 from ..model.tasks import Arm
@@ -141,12 +141,14 @@ def train_codes(
     devices:int=1, # processes
     workers:int=0, # processes that prepare batches, per process
     bf16:bool=False, # matrices and activations in bfloat16
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "The published tokenizer on judges from folders; a broken-off run goes on from its checkpoint."
     done = Path(out) / "codes"
     settings = dict(siglip=str(siglip), reader=str(reader), data=data, preset=preset, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16)
     if same_settings(Path(out) / "training", settings, done="../codes/tokenizer.json"): return
     if not siglip or not reader: raise ValueError("train codes needs both judges: give --siglip and --reader, the folders that `arm weights siglip2` and `arm weights qwen2.5-0.5b` look for")
+    pick_device(device)
     if devices < 1 or batch % devices: raise ValueError(f"batch={batch} on devices={devices}: each process takes an equal share of at least one picture; make the batch a multiple")
     judges = load_towers(siglip), load_reader(reader)
     n = side // judges[0].patch_size
@@ -156,7 +158,7 @@ def train_codes(
     L.seed_everything(seed, verbose=False)
     tokenizer = SeeingTokenizer(borrowed_config(preset, *judges), judges[0])
     same_settings(Path(out) / "training", settings, done="../codes/tokenizer.json", begin=True)
-    module = fit(LitBorrowed(tokenizer, *judges, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "codes", every=every, devices=devices, num_workers=workers, precision="bf16-mixed" if bf16 else "32-true")
+    module = fit(LitBorrowed(tokenizer, *judges, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "codes", every=every, devices=devices, device=device, num_workers=workers, precision="bf16-mixed" if bf16 else "32-true")
     if module.global_rank == 0:
         tokenizer.settle()
         save_tensors(done / "tokenizer.safetensors", tokenizer.state_dict())

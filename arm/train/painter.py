@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 import lightning as L, torch
 from torch import Tensor
-from ..core import config_from_dict, load_json, make_generator, make_rng, same_settings
+from ..core import config_from_dict, load_json, make_generator, make_rng, pick_device, same_settings
 from ..data.openmoji import DATA
 from ..data.shapes import CANVASES, CELL
 from ..model.tasks import Arm
@@ -87,6 +87,7 @@ def train_flux(
     seed:int=0, # of everything
     every:int=250, # steps between checkpoints and sheets of samples
     devices:int=1, # processes
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
     bf16:bool=False, # matrices of what is trained in bfloat16; frozen weights are that anyway
     checkpointing:bool=False, # spend a second forward pass to save memory
 ) -> None:
@@ -94,6 +95,7 @@ def train_flux(
     done = Path(out) / "flux"
     settings = dict(source=source, data=data, family=family, trainable=trainable, rank=rank, model=model, codes=codes, siglip=siglip, revision=revision, steps=steps, batch=batch, side=side, lr=lr, seed=seed, bf16=bf16)
     if same_settings(Path(out) / "training", settings, done="../flux/renderer.json"): return
+    pick_device(device)
     if (devices < 1 or batch % devices): raise ValueError(f"batch={batch} on devices={devices}: each process takes an equal share of at least one picture; make the batch a multiple")
     tokenizer = _tokens(model, codes, siglip)
     n, px = side // tokenizer.cfg.patch_size, tokenizer.cfg.patch_size
@@ -107,7 +109,7 @@ def train_flux(
     L.seed_everything(seed, verbose=False)
     same_settings(Path(out) / "training", settings, done="../flux/renderer.json", begin=True)
     module = fit(LitFlux(renderer, tokenizer, steps, lr, seed), mixed_pictures([stream], batch, seed), steps, Path(out) / "training", "flux", samples=lambda: torch.cat([look, renderer.render(ids, grid).cpu()]),
-        every=every, devices=devices, strategy="ddp" if devices > 1 else "auto", precision="bf16-mixed" if bf16 else "32-true")
+        every=every, devices=devices, device=device, strategy="ddp" if devices > 1 else "auto", precision="bf16-mixed" if bf16 else "32-true")
     if module.global_rank == 0: save_renderer(renderer, done)
     module.trainer.strategy.barrier() # nobody looks for the files before they are there
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import lightning as L, torch
 from torch import Tensor, nn
-from ..core import load_json, load_tensors, load_weights, make_rng, same_settings
+from ..core import load_json, load_tensors, load_weights, make_rng, pick_device, same_settings
 from ..model.tasks import Arm
 from ..tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, Renderer, flow_loss, painter_loss, reflow_ends, time_shift
 from ..tokenizer.renderfiles import digest, fingerprint, save_renderer
@@ -183,8 +183,10 @@ class RendererStage:
         quick:bool, # shapes alone
         every:int, # steps between checkpoints and sheets of samples
         model:str|Path="", # folder of a whole model with the tokenizer; empty: the run folder's own
+        device:str="auto", # where to train, see `fit`
     ):
-        self.out, self.run, self.every, settings = Path(out), run, every, run_config(quick)
+        pick_device(device)
+        self.out, self.run, self.every, self.device, settings = Path(out), run, every, device, run_config(quick)
         arm, note = Arm.from_pretrained(model) if model else None, Path(out) / "decoder" / "settings.json"
         self.tokenizer = arm.tokenizer if arm else load_tokenizer(out)
         known = arm.card.get("run", {}).get("worlds") if arm else load_json(note).get("worlds") if note.exists() else None
@@ -209,7 +211,7 @@ class RendererStage:
         settings = dict(steps=n, batch=self.run.batch, seed=self.seed, worlds=len(self.streams), **made_of)
         if same_settings(path, settings): return load_weights(network, load_tensors(folder(self.out, stage) / "network.safetensors"), source=path).eval()
         same_settings(path, settings, begin=True)
-        fit(module, mixed_pictures(self.streams, self.run.batch, self.seed + turn), n, path, stage, samples=lambda: torch.cat([self.look, draw().clamp(-1, 1).cpu()]), every=self.every)
+        fit(module, mixed_pictures(self.streams, self.run.batch, self.seed + turn), n, path, stage, samples=lambda: torch.cat([self.look, draw().clamp(-1, 1).cpu()]), every=self.every, device=self.device)
         close()
         finish(path, dict(network=network), n)
         return network.eval()
@@ -256,9 +258,10 @@ def train_renderers(
     guidance:float=0., # of the teacher, built into the student; 0 takes the run's own, 1
     shift:float=0., # time shift of the walk; 0 takes the run's own, 1
     every:int=250, # steps between checkpoints and sheets of samples
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> Path: # OUT/renderers, for `load_renderers`
     "Autoencoder, latent walk, its student and the painter, on the codes of a run; finished stages are skipped."
-    do = RendererStages(out, renderers_run(quick, steps, batch, guidance, shift), quick, every, model)
+    do = RendererStages(out, renderers_run(quick, steps, batch, guidance, shift), quick, every, model, device)
     vae = do.vae()
     teacher = do.walker(vae)
     done = dict(latent=Detokenizer(do.tokenizer, vae, teacher, steps=8), fewstep=Detokenizer(do.tokenizer, vae, do.walker(vae, teacher), steps=1, can_guide=False),

@@ -15,7 +15,7 @@ import lightning as L, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_precision, same_settings, save_json, save_tensors
+from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_device, pick_precision, same_settings, save_json, save_tensors
 from ..data.openmoji import load_openmoji
 from ..data.text import TextTokenizer, default_tokenizer
 from ..model.tasks import Arm
@@ -23,7 +23,7 @@ from ..model.transformer import ARM, ARMConfig
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
 from ..tokenizer.renderfiles import digest
 from ..tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig, freeze
-from .arm import LitARM
+from .arm import LitARM, check_settings
 from .meanwhile import Line, Samples, WholeCheckpoints, quiet, uncut
 from .data import EmojiPictures, ShapesPictures, StepData, mixed_pictures
 from .pool import EmojiPool, Mixture, ShapesPool, mixed_tokens
@@ -54,7 +54,7 @@ class RunConfig:
 
     def __post_init__(self):
         if not self.worlds or set(self.worlds) - {"shapes", "openmoji"}: raise ValueError(f"worlds={self.worlds!r}: name one or both of shapes, openmoji")
-        if few := [f"{k}={v}" for k, v in vars(self).items() if k.endswith(("_steps", "_batch", "scenes")) and v < 1]: raise ValueError(f"{few[0]}: at least 1; leave it out for the run's own")
+        check_settings(vars(self))
 
     @classmethod
     def shipped(cls) -> "RunConfig":
@@ -91,12 +91,15 @@ def fit(
     devices:int|str=1, # processes
     strategy:str="auto", # Lightning's name; for several processes "auto" is DDP that minds parts which a step leaves out
     num_workers:int=0, # processes that prepare batches
+    device:str="auto", # "auto": CUDA if there is one, else the CPU; or "cpu", "cuda", "cuda:1", "mps"
 ) -> L.LightningModule: # the trained module
     "Train with Lightning: CSV log, progress bar, a checkpoint every so many steps, and exact resume from it."
     if strategy == "auto" and str(devices) != "1": strategy = "ddp_find_unused_parameters_true"
     if every < 1: raise ValueError(f"every={every}: steps between checkpoints are at least 1")
+    where = pick_device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if where.index is not None and str(devices) != "1": raise ValueError(f"device={device!r} with devices={devices}: one card trains in one process; name no number, or leave devices at 1")
     out.mkdir(parents=True, exist_ok=True)
-    last, note, precision = out / "last.ckpt", out / "precision.json", pick_precision(precision)
+    last, note, precision = out / "last.ckpt", out / "precision.json", pick_precision(precision, device)
     if last.exists() and note.exists() and (held := load_json(note)["precision"]) != precision:
         raise ValueError(f"{out} holds a run in {held}, and this machine would go on in {precision}: that would be another run; go on where it was begun, or move the folder away")
     if not last.exists(): save_json(note, dict(precision=precision))
@@ -104,7 +107,7 @@ def fit(
     keep = ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
     calls = [keep] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
     starts = len(list(out.glob("log*")))
-    trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator="auto" if torch.cuda.is_available() else "cpu", devices=devices, strategy=strategy, precision=precision, plugins=[WholeCheckpoints()],
+    trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator=where.type, devices=devices if where.index is None else [where.index], strategy=strategy, precision=precision, plugins=[WholeCheckpoints()],
         logger=CSVLogger(out, name="", version=f"log{starts or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=not quiet(), num_sanity_val_steps=0)
     with uncut(): trainer.fit(module, datamodule=StepData(draw, n_steps, num_workers), ckpt_path=last if last.exists() else None, weights_only=True)
@@ -160,15 +163,17 @@ def train_teacher(
     batch:int=0, # pictures per step; 0 takes the run's own
     every:int=250, # steps between checkpoints
     seed:int=0, # of everything: same seed, same weights
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "Stage 1: SigLIP towers and caption reader."
     run = run_config(quick, steps, batch, seed=seed)
+    pick_device(device)
     path, n, text = Path(out) / "teacher", run.teacher_steps, default_tokenizer()
     if same_settings(path, run, *(what := ("worlds", "teacher_steps", "teacher_batch", "seed"))): return
     L.seed_everything(run.seed, verbose=False)
     module = LitTeacher(SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny()), text, n)
     same_settings(path, run, *what, begin=True)
-    fit(module, mixed_pictures(pictures(run, disguised=0.), run.teacher_batch, run.seed), n, path, "teacher", every=every)
+    fit(module, mixed_pictures(pictures(run, disguised=0.), run.teacher_batch, run.seed), n, path, "teacher", every=every, device=device)
     finish(path, dict(towers=module.towers, reader=module.reader), n)
 
 def load_teacher(
@@ -200,10 +205,12 @@ def train_tokenizer(
     batch:int=0, # pictures per step; 0 takes the run's own
     every:int=250, # steps between checkpoints and sheets of samples
     seed:int=0, # of everything: same seed, same weights
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "Stages 2 and 3: codes under four objectives, then a better decoder for the same codes."
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
     run = run_config(quick, steps, batch, seed=seed)
+    pick_device(device)
     path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
     asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed", stands=not joint)
     if same_settings(path, asked): return
@@ -217,7 +224,7 @@ def train_tokenizer(
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
     show = lambda: torch.cat([look, tokenizer.decode(tokenizer.encode(look.to(module.device)), tokenizer.grid(look), steps=1).cpu()])
     same_settings(path, asked, begin=True)
-    fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every)
+    fit(module, mixed_pictures(streams, run.tokenizer_batch, run.seed + (1 if joint else 2)), n, path, stage, samples=show, every=every, device=device)
     if joint: tokenizer.settle() # later stages and users see the codes of the weights that are saved
     finish(path, dict(tokenizer=tokenizer), n, tokenizer.cfg)
 
@@ -251,9 +258,11 @@ def train_arm(
     scenes:int=0, # scenes in the pool; 0 takes the run's own
     every:int=250, # steps between checkpoints and sheets of samples
     seed:int=0, # of everything: same seed, same weights
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "Stage 4: the transformer, on the codes of stage 2."
     run = run_config(quick, steps, batch, scenes, seed)
+    pick_device(device)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
     asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed", stands=True)
     if same_settings(path, asked): return
@@ -267,7 +276,7 @@ def train_arm(
     shapes = Mixture.planned() if run.plan else Mixture()
     mixtures = [Mixture.openmoji() if w == "openmoji" else replace(shapes, qa=run.questions * shapes.qa) for w in run.worlds]
     same_settings(path, asked, begin=True)
-    fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every)
+    fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every, device=device)
     finish(path, dict(arm=model), n)
 
 # %% ../../nbs/43_train.run.ipynb #8ef1bec3
@@ -280,12 +289,13 @@ def train_all(
     scenes:int=0, # scenes in the pool; 0 takes the run's own
     every:int=250, # steps between checkpoints and sheets of samples
     seed:int=0, # of everything: same seed, same weights
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "Every stage in order; finished ones are skipped, a broken-off one goes on from its checkpoint. The model lands in OUT/model."
-    train_teacher(out, quick, steps, batch=batch, every=every, seed=seed)
-    train_tokenizer(out, quick, steps, batch=batch, every=every, seed=seed)
-    train_tokenizer(out, quick, steps, stage="decoder", batch=batch, every=every, seed=seed)
-    train_arm(out, quick, steps, batch=batch, scenes=scenes, every=every, seed=seed)
+    train_teacher(out, quick, steps, batch=batch, every=every, seed=seed, device=device)
+    train_tokenizer(out, quick, steps, batch=batch, every=every, seed=seed, device=device)
+    train_tokenizer(out, quick, steps, stage="decoder", batch=batch, every=every, seed=seed, device=device)
+    train_arm(out, quick, steps, batch=batch, scenes=scenes, every=every, seed=seed, device=device)
     changed = "".join(f" --{k} {v}" for k, v in dict(steps=steps, batch=batch, scenes=scenes, seed=seed).items() if v)
     assemble(out, quick, run_config(quick, steps, batch, scenes, seed), changed)
 

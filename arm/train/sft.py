@@ -9,11 +9,11 @@ __all__ = ['train_sft']
 from dataclasses import replace
 from pathlib import Path
 import lightning as L, torch
-from ..core import same_settings
+from ..core import pick_device, same_settings
 from ..data.openmoji import DATA
 from ..model.tasks import Arm
 from ..tokenizer.renderfiles import digest
-from .arm import LitARM
+from .arm import LitARM, check_settings
 from .pool import Mixture, mixed_tokens
 from .run import RunConfig, fit, pools
 
@@ -34,11 +34,12 @@ def train_sft(
     hold:float=.3, # share of the steps at the full rate
     seed:int=1, # of scenes and batches; the first training has 0
     every:int=200, # steps between checkpoints and sheets of samples
+    device:str="auto", # where to train: "auto", "cpu", "cuda", "cuda:1", "mps"; an absent one is refused
 ) -> None:
     "Supervised fine-tuning (stage: ARM sec. 4, as reported; plans: ours); a broken-off run goes on from its checkpoint."
     start, done = Path(model) if model else DATA / "models" / "tiny", Path(out) / "model"
-    if every < 1: raise ValueError(f"every={every}: steps between checkpoints are at least 1")
-    if not 0 <= plan <= 1: raise ValueError(f"plan={plan}: a share of documents lies between 0 and 1")
+    check_settings(dict(steps=steps, batch=batch, scenes=scenes, plan=plan, worn=worn, questions=questions, lr=lr, hold=hold, every=every))
+    pick_device(device)
     unknown = [w for w in worlds if w not in ("shapes", "openmoji")]
     if unknown or not worlds: raise ValueError(f"worlds {worlds!r}: name one or both of shapes, openmoji")
     arm = Arm.from_pretrained(start)
@@ -56,7 +57,7 @@ def train_sft(
     prompts = ["a red circle", "two small blue squares", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, seed=0, plan=plan > 0)))
     same_settings(Path(out) / "sft", entry, begin=True)
-    fit(LitARM(arm.model, steps, lr=lr, hold=hold), draw, steps, Path(out) / "sft", "sft", samples=show, every=every)
+    fit(LitARM(arm.model, steps, lr=lr, hold=hold), draw, steps, Path(out) / "sft", "sft", samples=show, every=every, device=device)
     arm.card = {k: v for k, v in arm.card.items() if k != "scores"} | dict(plan=plan > 0, sft=[*arm.card.get("sft", []), entry])
     arm.model.eval()
     arm.save_pretrained(done)

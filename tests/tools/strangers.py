@@ -80,7 +80,12 @@ def png(w: int, h: int, bits: int, color: int, rows: bytes | None = None, extra:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, bits, color, 0, 0, 0)) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def icon(inner: bytes, side: int = 32) -> bytes:
+    "An icon around the bytes of a picture, of the size that it states itself."
+    return struct.pack("<3H4B2H2I", 0, 1, 1, side, side, 0, 0, 1, 32, len(inner), 22) + inner
+
+
 def png16(levels: np.ndarray) -> bytes:
-    "An RGB picture of 16 bits per colour, from (H, W, 3) numbers up to 65,535."
-    h, w, _ = levels.shape
-    return png(w, h, 16, 2, b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))
+    "A picture of 16 bits per channel, from (H, W, 2, 3 or 4) numbers up to 65,535: grey and opacity, RGB, RGB and opacity."
+    h, w, channels = levels.shape
+    return png(w, h, 16, {2: 4, 3: 2, 4: 6}[channels], b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))
