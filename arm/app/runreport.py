@@ -183,6 +183,8 @@ def before_after(
             why = "the model that it started from was not found with scores" if not old else "the two have no score in common"
             out.append(f'<p class="soft">Nothing to compare: {why if m.scores else "it has no scores yet; measure it with arm eval"}.</p>')
             continue
+        between = isinstance(m.card.get("sft"), list) and m.card["sft"] and not old.card.get("sft")
+        if between: out.append('<p class="soft">Between the two lies fine-tuning, too: the model that reinforcement began from was not found with scores.</p>')
         rows = []
         for k in both:
             (a, alow, ahigh, _), (b, blow, bhigh, _) = old.scores[k], m.scores[k]

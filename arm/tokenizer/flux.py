@@ -191,12 +191,12 @@ class LatentRenderer(nn.Module):
         *, seed:int=0, # of the noise; every picture starts from the same one
         steps:int|None=None, # Euler steps; None: the configured number
         guidance:float|None=None, # strength; None: the configured one
+        shift:float|None=None, # time shift, a factor; None: that of the configuration or of this size
     ) -> Tensor: # (B, 3, h·token_px, w·token_px) in [-1, 1]
         "Pictures that the tokens name."
         u, size = self.features(indices, grid), self.latent_size(grid)
         noise = torch.randn(1, self.channels, *size, generator=torch.Generator().manual_seed(seed)).to(u.device)
-        return self.to_images(walk(self, noise.expand(len(u), -1, -1, -1), u, grid,
-            self.cfg.steps if steps is None else steps, self.cfg.guidance if guidance is None else guidance)).float().clamp(-1, 1)
+        return self.to_images(walk(self, noise.expand(len(u), -1, -1, -1), u, grid, self.cfg.steps if steps is None else steps, self.cfg.guidance if guidance is None else guidance, shift)).float().clamp(-1, 1)
 
 # %% ../../nbs/26_tokenizer.flux.ipynb #cad1fbd3
 @torch.no_grad()
@@ -207,6 +207,7 @@ def walk(
     grid:tuple[int, int], # (h, w), h·w = N
     steps:int, # Euler steps
     guidance:float, # strength
+    shift:float|None=None, # time shift, a factor; None: the renderer's own for this size
 ) -> Tensor: # (B, channels, h, w) latent
     "Euler steps from noise to a latent; guidance is embedded or classifier-free, whichever the transformer has."
     twice, b = guidance != 1 and not renderer.embeds_guidance, len(x)
@@ -214,7 +215,7 @@ def walk(
     if twice:
         null = renderer.mapping(features, grid, torch.ones(b, dtype=torch.bool, device=x.device))
         cond = tuple(None if c is None else torch.cat([n, c]) for n, c in zip(null, cond))
-    for s0, s1 in pairwise(flow_sigmas(steps, renderer.shift(x.shape[-2:])).to(x.device)):
+    for s0, s1 in pairwise(flow_sigmas(steps, shift or renderer.shift(x.shape[-2:])).to(x.device)):
         v = renderer.velocity(torch.cat([x, x]) if twice else x, s0.expand(b * (1 + twice)), cond, grid, guidance)
         if twice: v = v[:b] + guidance * (v[b:] - v[:b])
         x = x + (s1 - s0) * v

@@ -29,7 +29,8 @@ def main() -> int:
         print(f"{page.name:<36}", end="", flush=True)
         done = run("jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--ExecutePreprocessor.timeout=1800",
                    str(page.path.relative_to(ROOT)))
-        print(f"{'ok' if done.returncode == 0 else 'FAILED'} {time.monotonic() - start:5.0f} s", flush=True)
+        took = time.monotonic() - start
+        print(f"{'ok' if done.returncode == 0 else 'FAILED'} {took:5.0f} s{'  long: a page should run in a minute on a quiet machine' if took > 60 else ''}", flush=True)
         if done.returncode:
             print(done.stderr[-4000:])
             status = 1
