@@ -59,7 +59,7 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=3600, arm_steps=5000, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, plan=.9, brief=True)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2., worn=.3)
 
     @classmethod
     def quick(cls) -> "RunConfig":
