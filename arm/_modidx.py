@@ -304,6 +304,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'arm.data.emojitasks._side': ('data.emojitasks.html#_side', 'arm/data/emojitasks.py'),
                                      'arm.data.emojitasks.changed': ('data.emojitasks.html#changed', 'arm/data/emojitasks.py'),
                                      'arm.data.emojitasks.instruction': ('data.emojitasks.html#instruction', 'arm/data/emojitasks.py'),
+                                     'arm.data.emojitasks.mirrors': ('data.emojitasks.html#mirrors', 'arm/data/emojitasks.py'),
                                      'arm.data.emojitasks.pairs': ('data.emojitasks.html#pairs', 'arm/data/emojitasks.py'),
                                      'arm.data.emojitasks.questions': ('data.emojitasks.html#questions', 'arm/data/emojitasks.py')},
             'arm.data.openmoji': { 'arm.data.openmoji.Emoji': ('data.openmoji.html#emoji', 'arm/data/openmoji.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDIT_KINDS', 'CLOSED_KINDS', 'COLOUR_WORDS', 'PAIR_SPLITS', 'WORDING', 'QUESTION_KINDS', 'ASKED', 'NEARLY', 'Pair',
-           'changed', 'pairs', 'instruction', 'DerivedPairs', 'questions']
+           'changed', 'pairs', 'instruction', 'DerivedPairs', 'mirrors', 'questions']
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #3e4d4855
 import re
@@ -31,7 +31,7 @@ class Pair:
     "An edit: two pictures that differ in one thing."
     src: int    # row of the picture before
     dst: int    # row of the picture after
-    kind: str   # one of `EDIT_KINDS`, or "tone_derived", "gender_derived", "hair_derived", "direction_derived"
+    kind: str   # one of `EDIT_KINDS`, or "tone_derived", "gender_derived", "hair_derived", "direction_derived", "mirror_derived"
     value: str  # what the picture after has: "dark", "woman", "three-thirty", "add mask" ...
     split: str  # "train"; "combo": the target is held out; "source": only the source is; "concept"; "pair": seen pictures, unseen pair
 
@@ -132,6 +132,7 @@ WORDING = {
     "colour": ("make it {v}", "change the colour to {v}", "recolour it {v}", "paint it {v}"),
     "clock": ("set the clock to {v}", "change the time to {v}", "show {v}", "make it {v}"),
     "keycap": ("change the key to {v}", "make it key {v}", "show {v} on the key"),
+    "mirror": ("mirror it", "flip it from left to right", "turn it around", "show it the other way round"),
     "moon": ("change it to a {v}", "show the {v}", "make it a {v}"),
     "attribute": ("{v}", "please {v}", "now {v}"),
     "line_art": ("make it line art", "draw only the lines", "remove the colours"),
@@ -177,6 +178,22 @@ class DerivedPairs:
         if sides[0] == sides[1]: return self.sample(rng, twin_share)
         rng.shuffle(sides)
         return Pair(sides[0][1], sides[1][1], "tone_derived", sides[1][0], "train")
+
+# %% ../../nbs/11a_data.emojitasks.ipynb #c3e27736
+@lru_cache(maxsize=2)
+def mirrors(
+    om:OpenMoji, # from `load_openmoji`
+    least:float=.005, # share of pixels that mirroring must change
+    apart:float=6., # levels of 255, root mean square: nearer to a held-out picture than this, a mirror image is one
+) -> list[int]: # rows
+    "Training pictures that may be shown mirrored."
+    facing = {om.rows[k].concept for p in pairs(om, "direction") for k in (p.src, p.dst)}
+    rows = [i for i in om.ids("train") if om.rows[i].concept not in facing]
+    rows = [i for i, m in zip(rows, changed(om.images[rows], om.images[rows].flip(-1)).tolist()) if m >= least]
+    if not (held := [i for side in ("combo", "concept") for i in om.ids(side)]): return rows
+    flat = lambda x: x.flatten(1).float() / x[0].numel()**.5
+    near = torch.cat([torch.cdist(flat(x.flip(-1)), flat(om.images[held])).amin(1) for x in om.images[rows].split(256)])
+    return [i for i, d in zip(rows, near.tolist()) if d >= apart]
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #2554ed91
 QUESTION_KINDS = ("group", "subgroup", "tone", "gender", "hair", "colour", "animal", "country", "time", "keycap")

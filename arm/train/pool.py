@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..core import device_of, make_rng, to_float, to_uint8
-from ..data.emojitasks import DerivedPairs, instruction, pairs, questions as emoji_questions
+from ..data.emojitasks import DerivedPairs, Pair, instruction, mirrors, pairs, questions as emoji_questions
 from ..data.openmoji import OpenMoji
 from ..data.shapeguises import in_guise, sample_guise, say_in_guise
 from ..data.shapeplans import caption_plan, edit_plan, evidence
@@ -127,14 +127,17 @@ class EmojiPool:
         derived:float=.3, # share of derived pictures
         plan:float=0., # share of documents with an empty plan: there is nothing to count or to place
         worn:float=0., # share of sources and pictures asked about that are worn, see `worn_codes`
+        mirror:float=0., # share of edits that mirror a picture, see `mirrors`
     ):
-        self.data, self.text, self.derived, self.plan, self.worn, rng = data, text, derived, plan, worn, make_rng(seed, "shifts")
+        self.data, self.text, self.derived, self.plan, self.worn, self.mirror, rng = data, text, derived, plan, worn, mirror, make_rng(seed, "shifts")
         moves = [(0, 0)] + [(rng.randint(-2, 2), rng.randint(-2, 2)) for _ in range(n_shifts)]
         rows = data.ids("train", None)
         codes = [encode_images(tokenizer, shift(data.images[rows], *m, fill=255)) for m in moves]
         self.codes = {i: c for i, c in zip(rows, torch.stack(codes, 1))} # row -> (versions, N)
         shabby = [worn_codes(tokenizer, shift(data.images[rows], *m, fill=255).roll(k, 0), make_rng(seed, "worn", k)).roll(-k, 0) for k, m in enumerate(moves)] if worn else codes # rolled: each version is worn in another way
         self.shabby = {i: c for i, c in zip(rows, torch.stack(shabby, 1))}
+        turned = mirrors(data) if mirror else []
+        self.turned = dict(zip(turned, torch.stack([encode_images(tokenizer, shift(data.images[turned], *m, fill=255).flip(-1)) for m in moves], 1))) if turned else {} # row -> the same, mirrored
         self.grid = (data.images.shape[-2] // tokenizer.cfg.patch_size, data.images.shape[-1] // tokenizer.cfg.patch_size)
         self.true, self.made = data.ids("train"), [i for k in ("skin", "line") for i in data.ids("train", k)]
         self.captions = {i: [text.encode(c) for c in data.captions(i)] for i in rows}
@@ -155,6 +158,10 @@ class EmojiPool:
         thinks = self.plan > 0 and rng.random() < self.plan
         plan = [] if thinks else None
         seen = self.shabby if self.worn and task in ("edit", "qa") and rng.random() < self.worn else self.codes
+        if task == "edit" and self.mirror and rng.random() < self.mirror:
+            row, v = rng.choice(list(self.turned)), rng.randrange(len(next(iter(self.turned.values()))))
+            words = self.text.encode(instruction(Pair(row, row, "mirror_derived", "mirrored", "train"), rng))
+            return image_sample(vocab, ImagePrompt(words, self.grid, seen[row][v], plan=plan).drop(rng, text=drop, source=drop), self.turned[row][v])
         if task in ("edit", "chain"):
             pair = self.invented.sample(rng) if rng.random() < self.derived else rng.choice(self.kinds[rng.choices(list(self.kinds), self.weights)[0]])
             v, words = rng.randrange(len(self.codes[pair.src])), self.text.encode(instruction(pair, rng))

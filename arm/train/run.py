@@ -50,6 +50,7 @@ class RunConfig:
     asked:bool=False # notes on relations repeat what was asked, see `evidence`
     questions:float=1. # weight of questions among the documents on shapes, as a multiple of the mixture's own
     worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
+    mirror:float=0. # share of the edits of emoji that mirror a picture, see `mirrors`
     seed:int=0 # of everything
 
     def __post_init__(self):
@@ -59,7 +60,7 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2., worn=.3)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2., worn=.3, mirror=.15)
 
     @classmethod
     def quick(cls) -> "RunConfig":
@@ -247,7 +248,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = text or default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn, mirror=run.mirror) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder
@@ -264,7 +265,7 @@ def train_arm(
     run = run_config(quick, steps, batch, scenes, seed)
     pick_device(device)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed", stands=True)
+    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "seed", stands=True)
     if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
