@@ -88,7 +88,7 @@ def _study(args):
 
 def _add_study(command):
     p = command("study", _study, "run a recorded study again, or what is left of it", ["objectives", "bits --steps 20 --seeds 1 --out runs/try"])
-    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, transfers, kl, trials")
+    p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, renderers, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, transfers, kl, trials")
     p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
     p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
     p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..ablate import ablate
 from ..core import atomic_write, config_to_dict, load_json, save_json
 from ..eval.guidance import GUIDANCE_STUDIES, edit_score, guidance_score
+from ..eval.renderers import RENDERER_STUDIES, renderer_judge
 from ..eval.shapes import possible_scores, shapes_items, shapes_scores
 from ..eval.tokenizer import make_cases, score_tokenizer
 from ..model.tasks import Arm
@@ -61,8 +62,8 @@ def downstream_score(
     both = lambda arm: shapes_scores(arm, items) | possible_scores(arm, items)
     return whole_score(lambda arm: {k: s["value"] for k, s in both(arm).items() if k.count("/") < 4 or "/possible/" in k}, cases)
 
-STUDIES: dict[str, Study] = TOKENIZER_STUDIES | DOWNSTREAM_STUDIES | GUIDANCE_STUDIES | RL_STUDIES | TRIAL_STUDIES # all that `arm study` knows
-SCORES: dict[str, Callable[[], Callable]] = {"tokenizer": tokenizer_score, "downstream": downstream_score, "guidance": lambda: whole_score(guidance_score()), "edits": edit_score, "recipe": recipe_score, "trials": trial_score} # `Study.scored_by` -> maker of the judge; made once per run
+STUDIES: dict[str, Study] = TOKENIZER_STUDIES | DOWNSTREAM_STUDIES | RENDERER_STUDIES | GUIDANCE_STUDIES | RL_STUDIES | TRIAL_STUDIES # all that `arm study` knows
+SCORES: dict[str, Callable[[], Callable]] = {"tokenizer": tokenizer_score, "downstream": downstream_score, "renderers": renderer_judge, "guidance": lambda: whole_score(guidance_score()), "edits": edit_score, "recipe": recipe_score, "trials": trial_score} # `Study.scored_by` -> maker of the judge; made once per run
 
 # %% ../../nbs/91a_app.study.ipynb #3d85b55b
 def gather(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'GUIDANCE_STUDIES', 'TEXT_SCALES', 'IMAGE_SCALES', 'distinct', 'sweep', 'guidance_score', 'EditScales',
-           'edit_score', 'train_edit_scales']
+           'distinct_edits', 'edit_score', 'train_edit_scales']
 
 # %% ../../nbs/55a_eval.guidance.ipynb #66f12492
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import config_to_dict, save_json
 from ..data.openmoji import DATA
-from ..data.shapes import CELL, render
+from ..data.shapes import CELL, Scene, render
+from ..data.shapetasks import Edit
 from .shapes import ShapesItems, judged_drawings, judged_edits, pictures, readings, shapes_items
 from ..model.tasks import Arm
 from ..train.downstream import CANVAS, Downstream, train_downstream
@@ -25,6 +26,13 @@ SCALES = (1., 1.5, 2., 3., 4.) # of guidance by the text
 def _layout(scene): # a pixel to the left makes no other scene
     return scene.rows, scene.cols, frozenset((o.row, o.col, o.shape, o.color, o.size) for o in scene.objs)
 
+def _spread(cases, n): # over all kinds
+    return [cases[k * len(cases) // min(n, len(cases))] for k in range(min(n, len(cases)))]
+
+def _variety(seen, n_samples):
+    groups = [[r.scene for r in seen[k:k + n_samples] if r.scene is not None] for k in range(0, len(seen), n_samples)]
+    return sum(len({_layout(s) for s in g}) / n_samples for g in groups) / len(groups)
+
 def distinct(
     arm:Arm, # draws
     items:ShapesItems, # captions, side "val"
@@ -34,13 +42,10 @@ def distinct(
     cfg_scale:float=1., # guidance of the drawings
 ) -> float: # in [0, 1]; 1/n_samples if all show one scene
     "Different scenes among a caption's pictures, as a share of the pictures: what a collapsed policy loses. What cannot be read counts as none."
-    cases = items.captions["val"]
-    captions = [cases[k * len(cases) // min(n_prompts, len(cases))] for k in range(min(n_prompts, len(cases)))]
-    many = [case for case in captions for _ in range(n_samples)]
+    many = [case for case in _spread(items.captions["val"], n_prompts) for _ in range(n_samples)]
     grids = [(s.rows * CELL // arm.patch, s.cols * CELL // arm.patch) for s, _ in many]
     seen = readings(pictures(arm, arm.imagine_codes([c.text for _, c in many], grids, temperature=temperature, cfg_scale=cfg_scale, seed=0)))
-    groups = [[r.scene for r in seen[k:k + n_samples] if r.scene is not None] for k in range(0, len(seen), n_samples)]
-    return sum(len({_layout(s) for s in g}) / n_samples for g in groups) / len(groups)
+    return _variety(seen, n_samples)
 
 def sweep(
     arm:Arm, # draws
@@ -92,13 +97,26 @@ class EditScales:
         "The same point on fewer edits."
         return replace(self, n=min(self.n, steps))
 
+def distinct_edits(
+    arm:Arm, # draws
+    cases:list[tuple[Scene, Edit]], # what to change
+    n_edits:int=24, # edits, spread over all kinds
+    n_samples:int=8, # results of each, at temperature 1
+    seed:int=0, # drawing k draws from seed + k
+    guide:dict|None=None, # scales and form for `edit_codes`; None: no guidance
+) -> float: # in [0, 1]; 1/n_samples if all show one scene
+    "Different scenes among the results of one edit, as a share of them. What cannot be read counts as none."
+    many = [case for case in _spread(cases, n_edits) for _ in range(n_samples)]
+    made = arm.edit_codes(arm.encode([render(s) for s, _ in many]), [e.instruction for _, e in many], temperature=1., seed=seed, **(guide or {}))
+    return _variety(readings(pictures(arm, made)), n_samples)
+
 def edit_score() -> Callable[[Arm, EditScales, int], dict[str, float]]: # model, point, seed -> numbers
-    "The judge of the map: edits that are right, whose instruction is done, and whose rest is kept."
+    "The judge of the map: edits that are right, whose instruction is done, and whose rest is kept; and how many results of one edit differ."
     def judge(arm, point, seed):
         cases = shapes_items(point.n, seed).edits["val"]
         guide = dict(form=point.form, text_scale=point.text_scale, image_scale=point.image_scale)
         got = judged_edits(arm, cases, arm.encode([render(s) for s, _ in cases]), 1., seed, guide=guide)
-        return {k: sum(getattr(v, a) for v in got) / len(got) for k, a in (("right", "ok"), ("done", "instruction"), ("kept", "kept"))}
+        return {k: sum(getattr(v, a) for v in got) / len(got) for k, a in (("right", "ok"), ("done", "instruction"), ("kept", "kept"))} | dict(distinct=distinct_edits(arm, cases, seed=seed, guide=guide))
     return judge
 
 def train_edit_scales(
