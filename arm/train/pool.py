@@ -79,16 +79,15 @@ class ShapesPool:
         canvases:tuple[tuple[int, int], ...]=CANVASES, # (rows, columns) of cells of the scenes
     ):
         if n_scenes < len(canvases): raise ValueError(f"n_scenes={n_scenes}: at least one for each of {len(canvases)} canvases")
-        if tokenizer.fsq.codebook_size > 2**16: raise ValueError(f"{tokenizer.fsq.codebook_size:,} codes: the pool keeps 16 bits of each; use a tokenizer of at most 65,536")
         self.items, self.plan, self.worn = [], plan, worn
         for k, (rows, cols) in enumerate(canvases):
             drawn, rng = [], make_rng(seed, "pool", k)
             for _ in tqdm(range(n_scenes // len(canvases)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
                 while (change := edit(scene := sample_scene(rng, canvas=(rows, cols)), rng)) is None: pass
                 drawn.append((scene, change, sample_guise(rng) if rng.random() < disguised else {}))
-            codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).short() # int16 holds 65,536 codes, read back below
-            targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).short()
-            shabby = worn_codes(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn]), make_rng(seed, "worn", k)).short() if worn else codes
+            codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).int()
+            targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).int()
+            shabby = worn_codes(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn]), make_rng(seed, "worn", k)).int() if worn else codes
             for (s, e, g), c, t, x in zip(drawn, codes, targets, shabby):
                 say = lambda words: text.encode(say_in_guise(words, g))
                 self.items.append(((2 * rows, 2 * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
@@ -104,7 +103,7 @@ class ShapesPool:
         "Draw a document of a task."
         grid, codes, captions, qas, full, words, target, change, shabby = rng.choice(self.items)
         if self.worn and task in ("edit", "qa") and rng.random() < self.worn: codes = shabby
-        codes, target, thinks = codes.long() & 0xFFFF, target.long() & 0xFFFF, self.plan > 0 and rng.random() < self.plan
+        codes, target, thinks = codes.long(), target.long(), self.plan > 0 and rng.random() < self.plan
         if task == "edit": return image_sample(vocab, ImagePrompt(words, grid, codes, plan=change if thinks else None).drop(rng, text=drop, source=drop), target)
         if task == "qa" and thinks: return qa_sample(vocab, codes, grid, [([], full), *(turn for q, why, a in rng.sample(qas, min(5, len(qas))) for turn in ((q, why), ([], a)))])
         if task == "qa": qas, said = [(q, a) for q, _, a in qas], None

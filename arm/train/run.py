@@ -45,6 +45,7 @@ class RunConfig:
     arm_lr:float=2e-3 # peak learning rate of the transformer
     arm_hold:float=.7 # share of the transformer's steps at the full rate
     factored:bool=False # codes in two halves that know nothing of each other, see `FactoredProjection`
+    stages:tuple[int, ...]=TokenizerConfig.tiny().stages # bits of a code, stage by stage
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
     asked:bool=False # notes on relations repeat what was asked, see `evidence`
@@ -60,7 +61,8 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2., worn=.3, mirror=.15)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), plan=.9, brief=True, asked=True,
+                   questions=2., worn=.3, mirror=.15)
 
     @classmethod
     def quick(cls) -> "RunConfig":
@@ -213,12 +215,12 @@ def train_tokenizer(
     run = run_config(quick, steps, batch, seed=seed)
     pick_device(device)
     path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
-    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed", stands=not joint)
+    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "stages", "seed", stands=not joint)
     if same_settings(path, asked): return
     n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
     towers, reader = load_teacher(out)
-    tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored)) if joint else load_tokenizer(out, "tokenizer")
+    tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored, stages=run.stages, levels=(2,) * sum(run.stages))) if joint else load_tokenizer(out, "tokenizer")
     module = LitTokenizer(tokenizer, towers, reader, text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
@@ -269,7 +271,7 @@ def train_arm(
     if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
-    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
+    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel))
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
@@ -312,9 +314,10 @@ def assemble(
     for stage in ("teacher", "tokenizer", "decoder", "arm"):
         held = load_json(folder(out, stage) / "settings.json")
         if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in held.items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
-    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
+    tokenizer = load_tokenizer(out)
+    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel))
     load_weights(model, load_tensors(folder(out, "arm") / "arm.safetensors"))
-    arm = Arm(load_tokenizer(out), model, text)
+    arm = Arm(tokenizer, model, text)
     arm.card |= dict(name="arm-tiny-quick" if quick else "arm-tiny", plan=run.plan > 0, command=f"arm train all{' --quick' if quick else ''}{changed}", run=config_to_dict(run))
     arm.save_pretrained(Path(out) / "model")
     return Path(out) / "model"
