@@ -46,6 +46,7 @@ class RunConfig:
     arm_hold:float=.7 # share of the transformer's steps at the full rate
     factored:bool=False # codes in two halves that know nothing of each other, see `FactoredProjection`
     stages:tuple[int, ...]=TokenizerConfig.tiny().stages # bits of a code, stage by stage
+    ffn_dim:int=ARMConfig.tiny().ffn_dim # hidden numbers of the transformer's MLPs
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
     asked:bool=False # notes on relations repeat what was asked, see `evidence`
@@ -61,7 +62,7 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), plan=.9, brief=True, asked=True,
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), ffn_dim=480, plan=.9, brief=True, asked=True,
                    questions=2., worn=.3, mirror=.15)
 
     @classmethod
@@ -267,11 +268,11 @@ def train_arm(
     run = run_config(quick, steps, batch, scenes, seed)
     pick_device(device)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "seed", stands=True)
+    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "ffn_dim", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "seed", stands=True)
     if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
-    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel))
+    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel, ffn_dim=run.ffn_dim))
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
@@ -315,7 +316,7 @@ def assemble(
         held = load_json(folder(out, stage) / "settings.json")
         if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in held.items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
     tokenizer = load_tokenizer(out)
-    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel))
+    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel, ffn_dim=run.ffn_dim))
     load_weights(model, load_tensors(folder(out, "arm") / "arm.safetensors"))
     arm = Arm(tokenizer, model, text)
     arm.card |= dict(name="arm-tiny-quick" if quick else "arm-tiny", plan=run.plan > 0, command=f"arm train all{' --quick' if quick else ''}{changed}", run=config_to_dict(run))
