@@ -63,7 +63,7 @@ def emoji_items(
         named[om.rows[i].annotation.lower()].add(int(om.unique[i]))
         names[int(om.unique[i])].add(om.rows[i].annotation)
     rows = {side: _pick(rng, om.ids(side, distinct=True), n) for side in SIDES}
-    asked = {side: [(i, q) for i in ids for q in questions(om, i)] for side, ids in rows.items()}
+    asked = {side: [(i, q) for i in om.ids(side, distinct=True) for q in questions(om, i)] for side in SIDES} # of all pictures: only few have a country, a time or a key
     asked = {side: [a for kind in QUESTION_KINDS for a in _pick(rng, [a for a in found if a[1].kind == kind], -(-n // 4))] for side, found in asked.items()}
     parts = {side: _edits(om, side, n, rng) for side in ("combo", "pair")}
     edits, words, targets = ({side: part[k] for side, part in parts.items()} for k in range(3))
@@ -183,7 +183,7 @@ def emoji_scores(
 ) -> dict[str, dict]:  # path -> score
     "All scores of a model on OpenMoji."
     g, out = gallery(items.om), {}
-    rows = sorted({i for ids in items.rows.values() for i in ids} | {k for part in items.edits.values() for p in part for k in (p.src, p.dst)})
+    rows = sorted({i for ids in items.rows.values() for i in ids} | {i for found in items.asked.values() for i, _ in found} | {k for part in items.edits.values() for p in part for k in (p.src, p.dst)})
     codes = dict(zip(rows, arm.encode(list(items.om.images[rows]))))
     for side in SIDES: out |= _draw(arm, items, g, side, seed, say)
     out |= _change(arm, items, g, codes, seed, say) | _locality(arm, items, codes)

@@ -128,6 +128,7 @@ class EmojiPool:
         worn:float=0., # share of sources and pictures asked about that are worn, see `worn_codes`
         mirror:float=0., # share of edits that mirror a picture, see `mirrors`
     ):
+        if not data.ids("train"): raise ValueError(f"{len(data)} pictures, none of them for training; give `load_openmoji()`, or a part of it that has some")
         self.data, self.text, self.derived, self.plan, self.worn, self.mirror, rng = data, text, derived, plan, worn, mirror, make_rng(seed, "shifts")
         moves = [(0, 0)] + [(rng.randint(-2, 2), rng.randint(-2, 2)) for _ in range(n_shifts)]
         rows = data.ids("train", None)
@@ -143,6 +144,7 @@ class EmojiPool:
         self.qas = {i: [(text.encode(q.question), text.encode(q.answer)) for _ in range(2) for q in emoji_questions(data, i, rng)] for i in rows}
         self.kinds = {}
         for p in pairs(data, split="train"): self.kinds.setdefault(p.kind, []).append(p)
+        if not self.kinds: raise ValueError(f"{len(data)} pictures, and no two of them are an edit for training; give `load_openmoji()`, or a part of it with pairs")
         self.weights = [len(v) ** .5 * (.3 if k == "line_art" else 1.) for k, v in self.kinds.items()]
         self.invented = DerivedPairs(data)
         self.describe = text.encode(DESCRIBE)
