@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..core import device_of, make_rng, to_float, to_uint8
 from ..data.emojitasks import DerivedPairs, Pair, instruction, mirrors, pairs, questions as emoji_questions
 from ..data.openmoji import OpenMoji
-from ..data.shapeguises import in_guise, sample_guise, say_in_guise
+from ..data.shapeguises import GUISES, SHADES, in_guise, sample_guise, say_in_guise
 from ..data.shapeplans import caption_plan, edit_plan, evidence
 from ..data.shapes import CANVASES, sample_scene
 from ..data.shapetasks import edit, questions
@@ -71,6 +71,7 @@ class ShapesPool:
         seed:int, # of the pool
         n_captions:int=4, # wordings per scene
         disguised:float=.35, # share of scenes in invented colours
+        shades:bool=False, # from the long list of them, see `SHADES`
         progress:bool=True, # show a bar
         plan:float=0., # share of documents in which words come before the picture or the answer
         brief:bool=False, # plans of edits tell the change alone, see `edit_plan`
@@ -84,7 +85,7 @@ class ShapesPool:
             drawn, rng = [], make_rng(seed, "pool", k)
             for _ in tqdm(range(n_scenes // len(canvases)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
                 while (change := edit(scene := sample_scene(rng, canvas=(rows, cols)), rng)) is None: pass
-                drawn.append((scene, change, sample_guise(rng) if rng.random() < disguised else {}))
+                drawn.append((scene, change, sample_guise(rng, names=SHADES if shades else GUISES) if rng.random() < disguised else {}))
             codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).int()
             targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).int()
             shabby = worn_codes(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn]), make_rng(seed, "worn", k)).int() if worn else codes

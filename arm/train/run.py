@@ -53,6 +53,8 @@ class RunConfig:
     questions:float=1. # weight of questions among the documents on shapes, as a multiple of the mixture's own
     worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
     mirror:float=0. # share of the edits of emoji that mirror a picture, see `mirrors`
+    shades:bool=False # invented colours from the long list, see `SHADES`
+    emoji:int=1 # documents on emoji for each one on shapes, where the transformer learns both worlds
     seed:int=0 # of everything
 
     def __post_init__(self):
@@ -62,8 +64,8 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=5500, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), ffn_dim=480, plan=.9, brief=True, asked=True,
-                   questions=2., worn=.3, mirror=.15)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=6000, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), ffn_dim=480, plan=.9, brief=True, asked=True,
+                   questions=2., worn=.3, mirror=.15, shades=True, emoji=2)
 
     @classmethod
     def quick(cls) -> "RunConfig":
@@ -108,11 +110,9 @@ def fit(
         raise ValueError(f"{out} holds a run in {held}, and this machine would go on in {precision}: that would be another run; go on where it was begun, or move the folder away")
     if not last.exists(): save_json(note, dict(precision=precision))
     warnings.filterwarnings("ignore", message=".*num_workers.*|.*does not have many workers.*|.*Checkpoint directory.*|.*log_every_n_steps.*|.*LeafSpec.*|.*isinstance.treespec.*|.*transfer_batch_to_device.*|.*in eval mode at the start.*")
-    keep = ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
-    calls = [keep] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
-    starts = len(list(out.glob("log*")))
+    calls = [ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
     trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator=where.type, devices=devices if where.index is None else [where.index], strategy=strategy, precision=precision, plugins=[WholeCheckpoints()],
-        logger=CSVLogger(out, name="", version=f"log{starts or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
+        logger=CSVLogger(out, name="", version=f"log{len(list(out.glob('log*'))) or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=not quiet(), num_sanity_val_steps=0)
     with uncut(): trainer.fit(module, datamodule=StepData(draw, n_steps, num_workers), ckpt_path=last if last.exists() else None, weights_only=True)
     if module.global_step < n_steps: raise ValueError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
@@ -184,8 +184,7 @@ def load_teacher(
     out:str|Path, # run folder
 ) -> tuple[SiglipTowers, CaptionReader]: # frozen
     "The judges of a run."
-    path = folder(out, "teacher")
-    towers, reader = SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny())
+    path, towers, reader = folder(out, "teacher"), SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny())
     for name, part in (("towers", towers), ("reader", reader)): load_weights(part, load_tensors(path / f"{name}.safetensors"), source=path / f"{name}.safetensors")
     return freeze(towers), freeze(reader)
 
@@ -197,8 +196,7 @@ def _settings(
     stands:bool, # on the codes of stage "tokenizer", which must not be others when it goes on
 ) -> dict: # plain data
     "What the result of a stage depends on."
-    held = {k: v for k, v in config_to_dict(run).items() if k in names}
-    return held | dict(tokenizer=digest(load_tokenizer(out, "tokenizer").down)) if stands else held
+    return {k: v for k, v in config_to_dict(run).items() if k in names} | (dict(tokenizer=digest(load_tokenizer(out, "tokenizer").down)) if stands else {})
 
 def train_tokenizer(
     out:str="runs/tiny", # run folder
@@ -215,14 +213,12 @@ def train_tokenizer(
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
     run = run_config(quick, steps, batch, seed=seed)
     pick_device(device)
-    path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
+    path, text, joint, n = Path(out) / stage, default_tokenizer(), stage == "tokenizer", getattr(run, f"{stage}_steps")
     asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "stages", "seed", stands=not joint)
     if same_settings(path, asked): return
-    n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
-    towers, reader = load_teacher(out)
     tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored, stages=run.stages, levels=(2,) * sum(run.stages))) if joint else load_tokenizer(out, "tokenizer")
-    module = LitTokenizer(tokenizer, towers, reader, text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
+    module = LitTokenizer(tokenizer, *load_teacher(out), text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
@@ -251,7 +247,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = text or default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn, mirror=run.mirror) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn, shades=run.shades) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn, mirror=run.mirror) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder
@@ -268,7 +264,7 @@ def train_arm(
     run = run_config(quick, steps, batch, scenes, seed)
     pick_device(device)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "ffn_dim", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "seed", stands=True)
+    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "ffn_dim", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "shades", "emoji", "seed", stands=True)
     if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
@@ -276,11 +272,11 @@ def train_arm(
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
-    module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
     shapes = Mixture.planned() if run.plan else Mixture()
-    mixtures = [Mixture.openmoji() if w == "openmoji" else replace(shapes, qa=run.questions * shapes.qa) for w in run.worlds]
+    taught = dict(shapes=replace(shapes, qa=run.questions * shapes.qa), openmoji=Mixture.openmoji())
+    held, turns = dict(zip(run.worlds, pools(run, tokenizer, run.plan))), [w for w in run.worlds for _ in range(run.emoji if w == "openmoji" else 1)]
     same_settings(path, asked, begin=True)
-    fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every, device=device)
+    fit(LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold), mixed_tokens([held[w] for w in turns], model.vocab, run.arm_batch, run.seed, [taught[w] for w in turns]), n, path, "arm", samples=show, every=every, device=device)
     finish(path, dict(arm=model), n)
 
 # %% ../../nbs/43_train.run.ipynb #8ef1bec3
