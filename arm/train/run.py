@@ -53,7 +53,8 @@ class RunConfig:
     questions:float=1. # weight of questions among the documents on shapes, as a multiple of the mixture's own
     worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
     mirror:float=0. # share of the edits of emoji that mirror a picture, see `mirrors`
-    shades:bool=False # invented colours from the long list, see `SHADES`
+    disguised:float=.35 # share of the transformer's scenes in invented colours
+    shades:bool=False # these from the long list, see `SHADES`
     emoji:int=1 # documents on emoji for each one on shapes, where the transformer learns both worlds
     seed:int=0 # of everything
 
@@ -65,7 +66,7 @@ class RunConfig:
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
         return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=6000, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), ffn_dim=480, plan=.9, brief=True, asked=True,
-                   questions=2., worn=.3, mirror=.15, shades=True, emoji=2)
+                   questions=2., worn=.3, mirror=.15, disguised=.6, shades=True, emoji=2)
 
     @classmethod
     def quick(cls) -> "RunConfig":
@@ -247,7 +248,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = text or default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn, shades=run.shades) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn, mirror=run.mirror) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn, disguised=run.disguised, shades=run.shades) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn, mirror=run.mirror) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder
@@ -264,7 +265,7 @@ def train_arm(
     run = run_config(quick, steps, batch, scenes, seed)
     pick_device(device)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "ffn_dim", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "shades", "emoji", "seed", stands=True)
+    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "ffn_dim", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "disguised", "shades", "emoji", "seed", stands=True)
     if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
@@ -272,8 +273,7 @@ def train_arm(
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
-    shapes = Mixture.planned() if run.plan else Mixture()
-    taught = dict(shapes=replace(shapes, qa=run.questions * shapes.qa), openmoji=Mixture.openmoji())
+    taught = dict(shapes=replace(m := Mixture.planned() if run.plan else Mixture(), qa=run.questions * m.qa), openmoji=Mixture.openmoji())
     held, turns = dict(zip(run.worlds, pools(run, tokenizer, run.plan))), [w for w in run.worlds for _ in range(run.emoji if w == "openmoji" else 1)]
     same_settings(path, asked, begin=True)
     fit(LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold), mixed_tokens([held[w] for w in turns], model.vocab, run.arm_batch, run.seed, [taught[w] for w in turns]), n, path, "arm", samples=show, every=every, device=device)
