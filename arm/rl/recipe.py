@@ -29,6 +29,7 @@ from ..tokenizer.renderfiles import digest
 from ..tokenizer.towers import load_towers
 from ..train.pool import Mixture, mixed_tokens
 from ..train.run import RunConfig, fit, load_teacher, pools
+from ..train.sft import guises_of
 
 # %% ../../nbs/64_rl.recipe.ipynb #7c11f491
 @dataclass(kw_only=True, frozen=True)
@@ -104,7 +105,7 @@ def supervised(
     "A stream of supervised documents from all worlds that the model was trained on."
     trained = [arm.card.get("run", {}), *arm.card.get("sft", [])]
     known = tuple(dict.fromkeys(w for t in trained for w in t.get("worlds", ()))) or worlds
-    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=trained[-1].get("asked", False), worn=trained[-1].get("worn", 0.), seed=cfg.seed + 2)
+    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=trained[-1].get("asked", False), worn=trained[-1].get("worn", 0.), seed=cfg.seed + 2, **guises_of(arm.card))
     return mixed_tokens(pools(run, arm.tokenizer, .75 if arm.card["plan"] else 0., arm.text), arm.model.vocab, cfg.replay, cfg.seed + 2, REPLAY)
 
 # %% ../../nbs/64_rl.recipe.ipynb #58ed9f2e
