@@ -65,7 +65,7 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=6000, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, stages=(10, 5, 5), ffn_dim=480, plan=.9, brief=True, asked=True,
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=12_000, scenes=40_000, arm_batch=48, arm_hold=.6, factored=True, stages=(10, 5, 5), ffn_dim=480, plan=.9, brief=True, asked=True,
                    questions=2., worn=.3, mirror=.15, disguised=.6, shades=True, emoji=2)
 
     @classmethod
@@ -309,8 +309,7 @@ def assemble(
     run, text = run or run_config(quick), default_tokenizer()
     said = config_to_dict(run)
     for stage in ("teacher", "tokenizer", "decoder", "arm"):
-        held = load_json(folder(out, stage) / "settings.json")
-        if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in held.items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
+        if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in load_json(folder(out, stage) / "settings.json").items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
     tokenizer = load_tokenizer(out)
     model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel, ffn_dim=run.ffn_dim))
     load_weights(model, load_tensors(folder(out, "arm") / "arm.safetensors"))

@@ -43,8 +43,7 @@ def adamw(
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay), dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
     opt = torch.optim.AdamW(groups, lr=lr, betas=(.9, .95))
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: warmup_linear(s, n_steps, hold=hold))
-    return dict(optimizer=opt, lr_scheduler=dict(scheduler=sched, interval="step"))
+    return dict(optimizer=opt, lr_scheduler=dict(scheduler=torch.optim.lr_scheduler.LambdaLR(opt, lambda s: warmup_linear(s, n_steps, hold=hold)), interval="step"))
 
 # %% ../../nbs/41_train.tokenizer.ipynb #1b95ffa2
 def reader_ids(
@@ -63,8 +62,7 @@ def processes(
     module:L.LightningModule, # attached to a trainer, or not
 ) -> tuple[int, int]: # rank and number of processes; 0 and 1 without a trainer
     "Which of how many processes this is."
-    trainer = module._trainer
-    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    return (module._trainer.global_rank, module._trainer.world_size) if module._trainer is not None else (0, 1)
 
 def fair_mean(
     module:L.LightningModule, # knows the other processes
@@ -113,10 +111,8 @@ class LitTeacher(L.LightningModule):
         features = self.towers.features(batch.images)
         words = self.towers.pad_text([self.text.encode(t) for t in batch.texts]).to(self.device)
         sig = fair_sigmoid(self, self.towers.pool(features), self.towers.text_embed(words), model.logit_scale, model.logit_bias)
-        ids, labels = (x.to(self.device) for x in reader_ids(batch.texts, self.text, self.towers.pad))
-        half = slice(None, None, 2) # every second picture is enough for the reader
-        cap = caption_loss(self.reader(self.to_reader(features[half].detach()), ids[half]), labels[half])
-        cap = fair_mean(self, cap, (labels[half] != -100).sum())
+        ids, labels = (x[::2].to(self.device) for x in reader_ids(batch.texts, self.text, self.towers.pad)) # every second picture is enough for the reader
+        cap = fair_mean(self, caption_loss(self.reader(self.to_reader(features[::2].detach()), ids), labels), (labels != -100).sum())
         self.log_dict(dict(sig=sig, cap=cap), prog_bar=True)
         return sig + cap
 
@@ -170,8 +166,7 @@ def agreement_loss(
 ) -> Tensor: # () mean squared distance after tanh
     "What these channels must not see: the difference between a picture and its variant (our addition, for edits and unseen combinations)."
     ink = inked(images, patch)
-    d = (torch.tanh(z.float()) - torch.tanh(other.float())).square().mean(-1)
-    return (d * ink).sum() / ink.sum().clamp_min(1)
+    return ((torch.tanh(z.float()) - torch.tanh(other.float())).square().mean(-1) * ink).sum() / ink.sum().clamp_min(1)
 
 # %% ../../nbs/41_train.tokenizer.ipynb #64ff098c
 def turn_patches(
