@@ -599,6 +599,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'arm.eval.shapes._draw': ('eval.shapes.html#_draw', 'arm/eval/shapes.py'),
                                  'arm.eval.shapes._spread': ('eval.shapes.html#_spread', 'arm/eval/shapes.py'),
                                  'arm.eval.shapes._understand': ('eval.shapes.html#_understand', 'arm/eval/shapes.py'),
+                                 'arm.eval.shapes._unseen': ('eval.shapes.html#_unseen', 'arm/eval/shapes.py'),
                                  'arm.eval.shapes._unseen_caption': ('eval.shapes.html#_unseen_caption', 'arm/eval/shapes.py'),
                                  'arm.eval.shapes._worn': ('eval.shapes.html#_worn', 'arm/eval/shapes.py'),
                                  'arm.eval.shapes.encode_worn': ('eval.shapes.html#encode_worn', 'arm/eval/shapes.py'),

@@ -105,6 +105,7 @@ def _side(om, i, j, kind):
 @lru_cache(maxsize=2)
 def _all_pairs(om):
     found = list(_candidates(om))
+    if not found: return []
     both = sorted({(min(f[:2]), max(f[:2])) for f in found})
     moved = torch.cat([changed(om.images[c[:, 0]], om.images[c[:, 1]]) for c in torch.tensor(both).split(256)]).tolist()
     keep = {ij for ij, m in zip(both, moved) if m >= .005}
@@ -187,12 +188,15 @@ def mirrors(
     apart:float=6., # levels of 255, root mean square: nearer to a held-out picture than this, a mirror image is one
 ) -> list[int]: # rows
     "Training pictures that may be shown mirrored."
+    flat = lambda rows, turn=False: (om.images[rows].flip(-1) if turn else om.images[rows]).flatten(1).float() / om.images[0].numel()**.5
     facing = {om.rows[k].concept for p in pairs(om, "direction") for k in (p.src, p.dst)}
-    rows = [i for i in om.ids("train") if om.rows[i].concept not in facing]
-    rows = [i for i, m in zip(rows, changed(om.images[rows], om.images[rows].flip(-1)).tolist()) if m >= least]
+    unshown = [(k, other) for p in pairs(om, split="pair") for k, other in ((p.src, p.dst), (p.dst, p.src))]
+    shut = {k for k, other in unshown if (flat([k], True) - flat([other])).norm() < (flat([k]) - flat([other])).norm() / 2} # five and seven o'clock
+    rows = [i for i in om.ids("train") if om.rows[i].concept not in facing and i not in shut]
+    rows = [i for i, m in zip(rows, changed(om.images[rows], om.images[rows].flip(-1)).tolist()) if m >= least] if rows else []
+    if not rows: raise ValueError(f"{len(om)} pictures, and none of them may be shown mirrored; take mirror=0, or pictures that look another way when mirrored")
     if not (held := [i for side in ("combo", "concept") for i in om.ids(side)]): return rows
-    flat = lambda x: x.flatten(1).float() / x[0].numel()**.5
-    near = torch.cat([torch.cdist(flat(x.flip(-1)), flat(om.images[held])).amin(1) for x in om.images[rows].split(256)])
+    near = torch.cat([torch.cdist(flat(part, True), flat(held)).amin(1) for part in (rows[k:k + 256] for k in range(0, len(rows), 256))])
     return [i for i, d in zip(rows, near.tolist()) if d >= apart]
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #2554ed91

@@ -21,8 +21,8 @@ from .run import RunConfig, fit, pools
 def guises_of(
     card:dict, # of a model
 ) -> dict: # settings of `RunConfig`
-    "The share of a model's scenes in invented colours, and from which list."
-    return {k: card.get("run", {}).get(k, first) for k, first in dict(disguised=.35, shades=False).items()}
+    "How a model's pictures were disguised and mirrored in training; cards of before that could be chosen say nothing of it."
+    return {k: card.get("run", {}).get(k, first) for k, first in dict(disguised=.35, shades=False, mirror=0.).items()}
 
 def train_sft(
     out:str="runs/sft", # run folder; the model lands in OUT/model
@@ -35,7 +35,7 @@ def train_sft(
     plan:float=.9, # share of documents with words before the picture or the answer; 0 trains on as before
     asked:bool=True, # notes on relations repeat what was asked, see `evidence`
     worn:float=.3, # share of sources and pictures asked about that are worn, see `worn_codes`
-    questions:float=1., # weight of questions among the documents on shapes, as a multiple of the first training's
+    questions:float=1., # weight of questions among the documents on shapes, as a multiple of the mixture's own
     lr:float=1e-3, # peak learning rate
     hold:float=.3, # share of the steps at the full rate
     seed:int=1, # of scenes and batches; the first training has 0
