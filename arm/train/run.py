@@ -65,8 +65,8 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=12_000, scenes=40_000, arm_batch=48, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True,
-                   questions=2., worn=.3, mirror=.15, disguised=.6, shades=True, emoji=2)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=14_000, scenes=40_000, arm_batch=48, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True,
+                   questions=1.5, worn=.3, mirror=.1, disguised=.45, shades=True)
 
     @classmethod
     def quick(cls) -> "RunConfig":
