@@ -327,6 +327,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'arm.data.openmoji.captions': ('data.openmoji.html#captions', 'arm/data/openmoji.py'),
                                    'arm.data.openmoji.describe': ('data.openmoji.html#describe', 'arm/data/openmoji.py'),
                                    'arm.data.openmoji.load_openmoji': ('data.openmoji.html#load_openmoji', 'arm/data/openmoji.py'),
+                                   'arm.data.openmoji.passes_for_held_out': ( 'data.openmoji.html#passes_for_held_out',
+                                                                              'arm/data/openmoji.py'),
                                    'arm.data.openmoji.read_table': ('data.openmoji.html#read_table', 'arm/data/openmoji.py'),
                                    'arm.data.openmoji.skin_variants': ('data.openmoji.html#skin_variants', 'arm/data/openmoji.py'),
                                    'arm.data.openmoji.split_rows': ('data.openmoji.html#split_rows', 'arm/data/openmoji.py')},

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import stable_hash
 from .emojiart import INVENTED, main_colour
-from .openmoji import OpenMoji
+from .openmoji import OpenMoji, passes_for_held_out
 from .shapes import QA
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #96d9da23
@@ -162,7 +162,7 @@ class DerivedPairs:
             elif r.kind == "true" and r.base and om.split[i] == "train" and (r.tone or r.tone_name == "default"): self.real[r.base][r.tone_name] = i
         self.bases = sorted(self.skins)
         self.twins = [(om.rows[p.src].base, om.rows[p.dst].base, p) for k in ("gender", "gender_neutral", "hair", "direction") for p in pairs(om, k, "train")
-                      if om.rows[p.src].tone_name == "default" and {om.rows[p.src].base, om.rows[p.dst].base} <= self.skins.keys()]
+                      if om.rows[p.src].tone_name == "default" and set(self.skins.get(om.rows[p.src].base, ())) & set(self.skins.get(om.rows[p.dst].base, ()))]
 
     def sample(self,
         rng:Random, # the only source of chance
@@ -197,7 +197,8 @@ def mirrors(
     if not rows: raise ValueError(f"{len(om)} pictures, and none of them may be shown mirrored; take mirror=0, or pictures that look another way when mirrored")
     if not (held := [i for side in ("combo", "concept") for i in om.ids(side)]): return rows
     near = torch.cat([torch.cdist(flat(part, True), flat(held)).amin(1) for part in (rows[k:k + 256] for k in range(0, len(rows), 256))])
-    return [i for i, d in zip(rows, near.tolist()) if d >= apart]
+    alike = passes_for_held_out(om.images[rows].flip(-1), om.images[:om.n_true], om.split[:om.n_true])
+    return [i for i, d, a in zip(rows, near.tolist(), alike.tolist()) if d >= apart and not a]
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #2554ed91
 QUESTION_KINDS = ("group", "subgroup", "tone", "gender", "hair", "colour", "animal", "country", "time", "keycap")
