@@ -177,11 +177,6 @@ def test_each_process_trains_on_its_own_share():
     assert torch.equal(draw(0, 1, 2).images, whole.images[1::2]) and draw(0, 1, 2).texts == whole.texts[1::2]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_processes(descend, 2, sys.argv[1], Path(sys.argv[1]), 2, method="fork")
-
-
 def test_the_long_run_trains_both_worlds_as_its_preset_says(tmp_path, monkeypatch):
     few = subset(load_openmoji(), ("1F3CA", "1F6B4", "1F938", "1F939", "1F93E"))
     drawn = []
@@ -198,3 +193,8 @@ def test_the_long_run_trains_both_worlds_as_its_preset_says(tmp_path, monkeypatc
     arm = Arm.from_pretrained(tmp_path/"run"/"model")
     assert (tuple(arm.tokenizer.cfg.stages), arm.model.cfg.ffn_dim, arm.model.cfg.n_bits) == (said.stages, said.ffn_dim, sum(said.stages))
     assert {k: arm.card["run"][k] for k in ("worn", "mirror", "disguised", "shades", "emoji")} == {k: getattr(said, k) for k in ("worn", "mirror", "disguised", "shades", "emoji")}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_processes(descend, 2, sys.argv[1], Path(sys.argv[1]), 2, method="fork")

@@ -194,11 +194,12 @@ def mirrors(
     shut = {k for k, other in unshown if (flat([k], True) - flat([other])).norm() < (flat([k]) - flat([other])).norm() / 2} # five and seven o'clock
     rows = [i for i in om.ids("train") if om.rows[i].concept not in facing and i not in shut]
     rows = [i for i, m in zip(rows, changed(om.images[rows], om.images[rows].flip(-1)).tolist()) if m >= least] if rows else []
+    if rows and (held := [i for side in ("combo", "concept") for i in om.ids(side)]):
+        near = torch.cat([torch.cdist(flat(part, True), flat(held)).amin(1) for part in (rows[k:k + 256] for k in range(0, len(rows), 256))])
+        alike = passes_for_held_out(om.images[rows].flip(-1), om.images[:om.n_true], om.split[:om.n_true])
+        rows = [i for i, d, a in zip(rows, near.tolist(), alike.tolist()) if d >= apart and not a]
     if not rows: raise ValueError(f"{len(om)} pictures, and none of them may be shown mirrored; take mirror=0, or pictures that look another way when mirrored")
-    if not (held := [i for side in ("combo", "concept") for i in om.ids(side)]): return rows
-    near = torch.cat([torch.cdist(flat(part, True), flat(held)).amin(1) for part in (rows[k:k + 256] for k in range(0, len(rows), 256))])
-    alike = passes_for_held_out(om.images[rows].flip(-1), om.images[:om.n_true], om.split[:om.n_true])
-    return [i for i, d, a in zip(rows, near.tolist(), alike.tolist()) if d >= apart and not a]
+    return rows
 
 # %% ../../nbs/11a_data.emojitasks.ipynb #2554ed91
 QUESTION_KINDS = ("group", "subgroup", "tone", "gender", "hair", "colour", "animal", "country", "time", "keycap")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import config_to_dict, load_json, pick_precision, save_json
 from ..data.openmoji import DATA
-from ..data.shapes import CELL, Scene, render
+from ..data.shapes import CELL, HELD_OUT, Scene, render
 from ..data.shapetasks import EDIT_KINDS, Edit
 from ..data.shapetext import describes
 from ..eval.guidance import distinct
@@ -183,7 +183,7 @@ def recipe_score(
     "Both tasks at several temperatures with the entropy of the policy, the parts of both, what was not rewarded, and variety."
     items, rest, share = exam(n), exam(more) if more else None, lambda x: sum(x) / len(x)
     told = lambda key, ok: {key: share(ok), f"{key}/items": "".join("01"[k] for k in ok)}
-    left = ("canvas_", "objects_", "/locality", "/majority", "/copy") # by size, and what no training of the policy moves
+    left = ("canvas_", "objects_", "several_pairs", *(f"{c}_{s}" for c, s in HELD_OUT), "/locality", "/majority", "/copy") # by size or pair, and what no training of the policy moves
     def judge(arm):
         out = {k: s["value"] for k, s in shapes_scores(arm, rest).items() if not any(x in k for x in left)} if more else {}
         for t in temperatures:

@@ -21,7 +21,7 @@ from .run import RunConfig, fit, pools
 def guises_of(
     card:dict, # of a model
 ) -> dict: # settings of `RunConfig`
-    "How a model's pictures were disguised and mirrored in training; cards of before that could be chosen say nothing of it."
+    "How a model's pictures were disguised and mirrored in training; a card from before these settings gets the values of that time."
     return {k: card.get("run", {}).get(k, first) for k, first in dict(disguised=.35, shades=False, mirror=0.).items()}
 
 def train_sft(
