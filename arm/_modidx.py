@@ -564,6 +564,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'arm.eval.renderers.RendererExam.shorter': ( 'eval.renderers.html#rendererexam.shorter',
                                                                                  'arm/eval/renderers.py'),
                                     'arm.eval.renderers.View': ('eval.renderers.html#view', 'arm/eval/renderers.py'),
+                                    'arm.eval.renderers._examined': ('eval.renderers.html#_examined', 'arm/eval/renderers.py'),
                                     'arm.eval.renderers.agreement': ('eval.renderers.html#agreement', 'arm/eval/renderers.py'),
                                     'arm.eval.renderers.compare': ('eval.renderers.html#compare', 'arm/eval/renderers.py'),
                                     'arm.eval.renderers.decides': ('eval.renderers.html#decides', 'arm/eval/renderers.py'),

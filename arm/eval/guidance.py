@@ -127,7 +127,7 @@ def train_edit_scales(
 ) -> dict[str, float]: # its numbers
     "One row of the map, of the shipped first-stage model; nothing is trained. A finished row is read from its note."
     path, arm = row_folder(point, seed, out), Arm.from_pretrained(DATA / "models" / "tiny")
-    if row := begin_row(path, weights := digest(arm.model)): return row
+    if row := begin_row(path, weights := digest(arm.model, arm.tokenizer)): return row
     row = score(arm, point, seed)
     save_json(path / "row.json", dict(point=config_to_dict(point), seed=seed, weights=weights, row=row))
     return row

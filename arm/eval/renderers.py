@@ -216,6 +216,10 @@ def renderer_judge() -> Callable[[Arm, dict, RendererExam, int], dict[str, float
     "The judge of the study: values of `renderer_scores` without their intervals."
     return lambda arm, renderers, exam, seed: {path: s["value"] for path, s in renderer_scores(arm, renderers, exam.n, seed=seed).items()}
 
+def _examined(arm, renderers):
+    "Hash of all weights that an examination depends on: painters are not modules, but have parts that are."
+    return digest(arm.model, arm.tokenizer, *(part for r in renderers.values() for part in r.parts.values()))
+
 def examine_renderers(
     exam:RendererExam, # how long
     seed:int, # of items, samples and noise
@@ -225,7 +229,7 @@ def examine_renderers(
     "One row: the shipped renderers on the codes of the shipped first-stage model. A finished row is read from its note."
     path, arm = row_folder(exam, seed, out), Arm.from_pretrained(DATA / "models" / "tiny")
     renderers = load_renderers(DATA / "models" / "renderers", arm.tokenizer)
-    if row := begin_row(path, weights := digest(arm.model, *(r for r in renderers.values() if isinstance(r, torch.nn.Module)))): return row
+    if row := begin_row(path, weights := _examined(arm, renderers)): return row
     row = score(arm, renderers, exam, seed)
     save_json(path / "row.json", dict(exam=config_to_dict(exam), seed=seed, weights=weights, row=row))
     return row
