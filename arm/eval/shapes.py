@@ -137,7 +137,7 @@ def _change(arm, key, cases, modes, seed, say):
         out |= by(f"{key}/strict/{mode}", [v.ok for v in got], kinds, [_canvas(s) for s, _ in cases])
         out |= {f"{key}/{half}/{mode}": share([getattr(v, half) for v in got]) for half in ("instruction", "kept")}
     if len(modes) > 1:
-        out[f"{key}/copy"] = share([judge_edit(r, s, e).ok for r, (s, e) in zip(readings(before), cases)])
+        out[f"{key}/copy"] = share([judge_edit(r, s, e).ok for r, (s, e) in zip(readings(pictures(arm, codes)), cases)])
         out |= code_changes("shapes/locality", arm, before, after, (codes, arm.encode(after)), kinds)
     return out
 
