@@ -22,7 +22,7 @@ from ..data.openmoji import DATA
 from ..data.shapes import CELL, HELD_OUT, Scene, render
 from ..data.shapetasks import EDIT_KINDS, Edit
 from ..data.shapetext import describes
-from ..eval.guidance import distinct
+from ..eval.guidance import distinct, variety
 from ..eval.nearest import psnr
 from ..eval.scores import by, mean
 from ..eval.shapes import ShapesItems, exact, pictures, readings, shapes_items, shapes_scores
@@ -194,7 +194,7 @@ def recipe_score(
                 kinds = [c.category if task == "t2i" else c.kind for _, c in cases] # in place of those of fewer items
                 out |= {k: s["value"] for k, s in by(f"shapes/{task}/strict/{mode}", got.ok, kinds).items()} | (edit_columns(got, cases, mode) if task == "edit" else {})
         for key, ok in zip(("questions", "descriptions"), understood(arm, items)): out |= told(key, ok)
-        return out | dict(distinct=distinct(arm, items))
+        return out | dict(distinct=distinct(arm, items), variety=variety(arm, items))
     return judge
 
 def over_items(

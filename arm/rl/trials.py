@@ -19,7 +19,7 @@ from ..core import config_to_dict, pick_precision, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL
 from ..data.shapetext import Caption
-from ..eval.guidance import distinct
+from ..eval.guidance import distinct, variety
 from ..eval.shapes import pictures, readings
 from ..eval.verifier import judge_caption
 from ..model.generate import Guidance
@@ -117,7 +117,7 @@ def trial_score(
         (warm, read), (_, cold) = drawn(1.), drawn(0.)
         strict = lambda rs: mean([judge_caption(r, c).ok for r, (_, c) in zip(rs, captions)])
         return {"t2i@1": strict(read), "t2i@0": strict(cold), "mixed": mean([caption_reward(r, c).total for r, (_, c) in zip(read, captions)]),
-                "ink": mean([ink_reward(x, c).total for x, (_, c) in zip(warm, captions)]), "distinct": distinct(arm, items), "questions": mean(understood(arm, items)[0])}
+                "ink": mean([ink_reward(x, c).total for x, (_, c) in zip(warm, captions)]), "distinct": distinct(arm, items), "variety": variety(arm, items), "questions": mean(understood(arm, items)[0])}
     return judge
 
 def train_trial(
