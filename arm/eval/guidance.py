@@ -70,6 +70,7 @@ def variety(
     right = [_layout(r.scene) if judge_caption(r, c).ok else None for r, (_, c) in zip(seen, many)]
     return differing([[x for x in right[k:k + n_samples] if x] for k in range(0, len(right), n_samples)])
 
+# %% ../../nbs/55a_eval.guidance.ipynb #01f2c2da
 def sweep(
     arm:Arm, # draws
     items:ShapesItems, # captions, side "val"

@@ -116,8 +116,8 @@ class ShapesPool:
         return qa_sample(vocab, codes, grid, rng.sample(turns, len(turns)))
 
 # %% ../../nbs/40a_train.pool.ipynb #426bd0fc
-class EmojiPool:
-    "Training pictures of OpenMoji with their codes, captions, questions and edit pairs."
+class _EmojiCodes:
+    "Codes, captions, questions and edit pairs of OpenMoji's training pictures."
     def __init__(self,
         tokenizer:VisualTokenizer, # frozen
         text:TextTokenizer, # words to ids
@@ -150,6 +150,9 @@ class EmojiPool:
         self.invented = DerivedPairs(data)
         self.describe = text.encode(DESCRIBE)
 
+# %% ../../nbs/40a_train.pool.ipynb #b4712f13
+class EmojiPool(_EmojiCodes):
+    "Training pictures of OpenMoji with their codes, captions, questions and edit pairs."
     def sample(self,
         task:str, # "t2i", "edit", "chain", "qa" or "text"
         rng:Random, # decides everything
