@@ -63,9 +63,10 @@ def documents(step: int, rank: int, world: int) -> list[Batch]:
     return [pad_batch(vocab, docs[rank::world])]
 
 
-def train(out: Path, n: int):
-    "What each process runs."
+def train(out: Path, n: int, plain: bool = False):
+    "What each process runs; plain gradient descent without a clip forgets nothing of a gradient's size."
     lit = module(replay=documents)
+    if plain: lit.configure_optimizers, lit.configure_gradient_clipping = (lambda: torch.optim.SGD(lit.model.parameters(), lr=.05)), (lambda *_, **__: None)
     fit(lit, mixed_items([Lamps()], 6, 0), STEPS, out, "grpo", every=1, precision="32-true", devices=n, strategy="ddp_find_unused_parameters_true" if n > 1 else "auto")
     if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", lit.model.state_dict())
 
@@ -83,6 +84,8 @@ def both(out: Path):
     torch.set_num_threads(1)
     train(out/"one", 1)
     run_processes(train, 2, out/"two", out/"two", 2, method="fork")
+    train(out/"plain one", 1, True)
+    run_processes(train, 2, out/"plain two", out/"plain two", 2, True, method="fork")
     for name, cut_at in (("straight", -1), ("broken", 1), ("broken", -1)): run_processes(two_updates, 2, out/f"{name}{cut_at}", out/name, cut_at, method="fork")
 
 
@@ -91,11 +94,12 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     done = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     start = {k: v.clone() for k, v in module().model.state_dict().items()}
-    one, two = (load_tensors(tmp_path/n/"weights.safetensors") for n in ("one", "two"))
-    moved = sum(float((one[k] - start[k]).pow(2).sum()) for k in one) ** .5
-    apart = sum(float((one[k] - two[k]).pow(2).sum()) for k in one) ** .5
-    assert moved > 1e-2, "nothing was learnt, so nothing was compared"
-    assert apart < 1e-3 * moved, (apart, moved)
+    for kind in ("", "plain "):
+        one, two = (load_tensors(tmp_path/f"{kind}{n}"/"weights.safetensors") for n in ("one", "two"))
+        moved = sum(float((one[k] - start[k]).pow(2).sum()) for k in one) ** .5
+        apart = sum(float((one[k] - two[k]).pow(2).sum()) for k in one) ** .5
+        assert moved > 1e-2, "nothing was learnt, so nothing was compared"
+        assert apart < 1e-3 * moved, (kind, apart, moved)
     log, shared = (read_log(tmp_path/n) for n in ("one", "two"))
     assert 0 < min(log["live_samples"][1]) < 1  # groups without variance were among them
     assert log.keys() == shared.keys() >= {"reward", "entropy", "surprise", "kl", "ratio_max", "replay", "no_verdict", "t2i_total", "edit_light", "edit_wide"}

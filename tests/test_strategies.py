@@ -37,13 +37,15 @@ RUNS = {  # name: module, how it is spread, further settings
     "tokenizer ddp": ("tokenizer", TWO(kind="ddp"), {}),
     "tokenizer fsdp2": ("tokenizer", TWO(kind="fsdp2"), {}),
 }
+RUNS |= {f"plain {n}": (kind, sharding, settings | dict(plain=True)) for n, (kind, sharding, settings) in RUNS.items() if "compiled" not in n and "bf16" not in n}  # by plain gradient descent, which forgets nothing of a gradient's size
 MOVES = [  # a run that is killed in step 4, and how it goes on: name, module, before, after
     ("killed, then as before", "arm", TWO(kind="fsdp2"), TWO(kind="fsdp2")),
     ("from 2 to 1", "arm", TWO(kind="fsdp2"), ONE_PIECE),
     ("from shared matrices to 1", "arm", TWO(kind="tp", tp=2), ONE_PIECE),
     ("tokenizer from 2 to 1", "tokenizer", TWO(kind="fsdp2"), ONE_PIECE),
 ]
-EXACT = [n for n in RUNS if n not in ("arm", "tokenizer") and "bf16" not in n]
+EXACT = [n for n in RUNS if n not in ("arm", "tokenizer") and "bf16" not in n and "plain" not in n]
+PLAIN = [n for n in RUNS if "plain" in n and n not in ("plain arm", "plain tokenizer")]
 
 
 def stage(kind: str, parts: int = 4):
@@ -62,7 +64,10 @@ def train(kind: str, out: Path, sharding: Sharding, settings: dict, kill_at: int
     def until(step, rank, world):
         if step == kill_at and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
         return draw(step, rank, world)
-    fit_spread(module, until, STEPS, out, sharding, every=2, **settings)
+    if settings.get("plain"):
+        module.configure_optimizers = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=.05 if kind == "arm" else 1e-4)
+        module.configure_gradient_clipping = lambda *_, **__: None
+    fit_spread(module, until, STEPS, out, sharding, every=2, **{k: v for k, v in settings.items() if k != "plain"})
     weights = whole_weights(module) if sharding.sharded else module.state_dict()
     if os.environ.get("RANK", "0") == "0": save_tensors(out/"weights.safetensors", weights)
 
@@ -104,6 +109,17 @@ def check(out, name, kind, said):
     assert apart <= least, f"{name}: the curve differs by {apart}"
     one, other = (load_tensors(out/n/"weights.safetensors") for n in (kind, name))
     assert one.keys() == other.keys() and all(one[k].shape == other[k].shape for k in one)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_strategy_gives_gradients_of_the_same_size(name, results):
+    out, said = results
+    kind = name.split()[1]
+    assert (out/name/"weights.safetensors").exists(), said.get(name)
+    start = stage(kind)[0].state_dict()
+    one, other = (load_tensors(out/n/"weights.safetensors") for n in (f"plain {kind}", name))
+    far = lambda a, b: sum(float((a[k].double() - b[k].double()).square().sum()) for k in one)**.5
+    assert far(one, start) > .01 and far(one, other) < 1e-3 * far(one, start), (far(one, other), far(one, start))
 
 
 @pytest.mark.parametrize("name", EXACT)
