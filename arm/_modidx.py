@@ -1167,6 +1167,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'arm.rl.study.KindItems': ('rl.study.html#kinditems', 'arm/rl/study.py'),
                               'arm.rl.study.KindItems.__call__': ('rl.study.html#kinditems.__call__', 'arm/rl/study.py'),
                               'arm.rl.study.Recipe': ('rl.study.html#recipe', 'arm/rl/study.py'),
+                              'arm.rl.study.Recipe.__post_init__': ('rl.study.html#recipe.__post_init__', 'arm/rl/study.py'),
                               'arm.rl.study.Recipe.begun': ('rl.study.html#recipe.begun', 'arm/rl/study.py'),
                               'arm.rl.study.Recipe.shorter': ('rl.study.html#recipe.shorter', 'arm/rl/study.py'),
                               'arm.rl.study._phase': ('rl.study.html#_phase', 'arm/rl/study.py'),

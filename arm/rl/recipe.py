@@ -56,8 +56,8 @@ class PhaseConfig:
     def __post_init__(self):
         for name, least in (("steps", 1), ("n_prompts", 1), ("num_generations", 2), ("updates", 1), ("snapshot_every", 0), ("replay", 0)):
             if getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
-        for name in ("lr", "beta"):
-            if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0")
+        if not 0 < self.lr < float("inf"): raise ValueError(f"lr={self.lr}: a number above 0; nothing would be learnt")
+        if not 0 <= self.beta < float("inf"): raise ValueError(f"beta={self.beta}: a number of at least 0")
         if self.snapshot_every and not self.beta: raise ValueError(f"snapshot_every={self.snapshot_every} with beta=0: there is no reference to renew; leave it at 0, or set beta above 0")
         self.guidance()
         self.grpo(); reward_weights(self.rewards, ("t2i", "edit", "emoji")) # refuse what is wrong

@@ -31,7 +31,7 @@ from ..model.generate import Sampling, generate_images
 from ..model.sequence import ImagePrompt
 from ..model.tasks import DESCRIBE, Arm
 from .loop import LitGRPO
-from .prompts import Item, ShapesItems as TrainingItems, mixed_items, reward_weights
+from .prompts import PHASES, Item, ShapesItems as TrainingItems, mixed_items, reward_weights
 from .recipe import PhaseConfig, run_phase
 from .rewards import edit_reward
 from .rubrics import Judgement, Opinion, g_scores
@@ -219,6 +219,9 @@ class Recipe:
     rewards:ClassVar[dict] = {}
     kinds:ClassVar[tuple] = ()
 
+    def __post_init__(self):
+        if wrong := [p for p in self.phases if p not in PHASES]: raise ValueError(f"Recipe.phases names {wrong[0]!r}; use some of {', '.join(PHASES)}")
+
     def shorter(self,
         steps:int, # updates
     ) -> "Recipe": # for a trial; each phase has one at least
@@ -239,6 +242,7 @@ class Diet(Recipe):
     kinds:tuple[str, ...]=() # of edits, see `EDIT_KINDS`; empty: all
 
     def __post_init__(self):
+        super().__post_init__()
         reward_weights(self.rewards, ("t2i", "edit")) # refuses what is wrong
         if wrong := [k for k in self.kinds if k not in EDIT_KINDS]: raise ValueError(f"Diet.kinds names {wrong[0]!r}; use some of {', '.join(EDIT_KINDS)}")
         if self.kinds and not {"edit", "joint"} & set(self.phases): raise ValueError(f"Diet.kinds={self.kinds!r} with phases {self.phases!r}: none of them edits; add one that does, or leave the kinds out")

@@ -26,7 +26,7 @@ from ..model.generate import Guidance
 from ..model.tasks import Arm
 from ..model.transformer import ARM
 from .grpo import GRPOConfig
-from .loop import GuidanceMode, LitGRPO, Rollout
+from .loop import GuidanceMode, LitGRPO, Rollout, scales
 from .prompts import Item, ShapesItems, mixed_items
 from .rewards import T2I_WEIGHTS, caption_reward, ink_reward
 from .study import exam, understood
@@ -54,6 +54,8 @@ class Trial:
 
     def __post_init__(self):
         if self.marks not in (*MARKS, "ink"): raise ValueError(f"Trial.marks={self.marks!r} is unknown; use one of {', '.join((*MARKS, 'ink'))}")
+        scales(self.mode, self.text_scale) # refuses a scale that nothing would use
+        if self.steps < 0: raise ValueError(f"Trial.steps={self.steps}: at least 0, which is the start itself")
         if self.tokens not in HALVES: raise ValueError(f"Trial.tokens={self.tokens!r} is unknown; use one of {', '.join(HALVES)}")
 
     def shorter(self,

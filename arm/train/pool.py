@@ -148,6 +148,7 @@ class _EmojiCodes:
         if not self.kinds: raise ValueError(f"{len(data)} pictures, and no two of them are an edit for training; give `load_openmoji()`, or a part of it with pairs")
         self.weights = [len(v) ** .5 * (.3 if k == "line_art" else 1.) for k, v in self.kinds.items()]
         self.invented = DerivedPairs(data)
+        if derived and not (self.made and self.invented.bases and self.invented.twins): raise ValueError(f"{len(data)} pictures, and they hold no derived pictures or invented tones; take derived=0, or give all, or concepts with people")
         self.describe = text.encode(DESCRIBE)
 
 # %% ../../nbs/40a_train.pool.ipynb #b4712f13

@@ -52,7 +52,7 @@ def reader_ids(
     pad:int, # id that fills a row and ends a caption
     max_len:int=24, # tokens
 ) -> tuple[Tensor, Tensor]: # input_ids (B, T) and labels (B, T) with -100 after the end
-    "Captions as the reader's inputs and labels; each ends with one `pad`."
+    "Captions as the reader's inputs and labels; each ends with one `pad`, a long one after its first tokens."
     ids = [text.encode(t)[:max_len - 1] + [pad] for t in texts]
     width = max(map(len, ids))
     return (torch.tensor([r + [pad] * (width - len(r)) for r in ids]), torch.tensor([r + [-100] * (width - len(r)) for r in ids]))
@@ -279,7 +279,7 @@ class LitTokenizer(ProjectionLosses):
         n_structure:int=8, # channels that must not see the colour; 0 switches agreement off
         palette:float=.5, # weight of the palette loss against the structure loss
         flip_rate:float=0., # share of bits flipped before decoding
-        recolour:float=.2, # share of steps on recoloured pictures (pixels only)
+        recolour:float=.2, # share of the steps without semantic objectives that see recoloured pictures (pixels only)
         zero_share:float=.7, # share of pictures noised completely, where nothing but the codes tells what to paint
         coarse:float=1., # weight of averages in the pixel loss; 0 is the published loss
         seed:int=0, # of noise and times
