@@ -23,6 +23,7 @@ from .sequence import ImagePrompt, qa_prompt
 from .transformer import ARM, ARMConfig
 from ..tokenizer.decoder import at_once
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
+from ..tokenizer.renderfiles import digest
 
 # %% ../../nbs/34_model.tasks.ipynb #abbb97a4
 Codes = tuple[Tensor, tuple[int, int]] # (N,) indices of one picture and its grid (h, w)
@@ -108,6 +109,7 @@ class ArmFolder(ArmBase):
         for name, part in (("tokenizer", tokenizer), ("arm", model)):
             file = cls.file(path, f"{name}.safetensors")
             load_weights(part, load_tensors(file), source=file)
+        if (told := config.get("codes")) and told != digest(tokenizer.down): raise ValueError(f"{path}: its transformer speaks the codes of another tokenizer than that of {config.get('base') or 'this folder'}; put its own tokenizer.safetensors beside it")
         arm = cls(tokenizer, model, TextTokenizer.from_file(cls.file(path, "text.json")), config["card"]).to(device)
         by_columns(arm.model)
         return arm
@@ -147,6 +149,12 @@ class ArmWords(ArmFolder):
         if len(ids) > most: raise ValueError(f"a prompt of {len(ids)} tokens ({len(prompt)} characters); this model reads at most {most}: shorten it")
         return ids
 
+    def words(self,
+        ids:list[int], # text ids, as drawn
+    ) -> str: # what they say
+        "Ids to words; a row to spare, which a trunk may have, has no word."
+        return self.text.decode([i for i in ids if i < self.text.vocab_size])
+
     def planned(self,
         items:list[ImagePrompt], # requests
         plan:bool|list[str]|None, # see `imagine_codes`
@@ -175,7 +183,7 @@ class ArmWords(ArmFolder):
             for turn in (lambda i: [], lambda i: asked[i]): # what is there, and what of it the answer rests on
                 for i, words in zip(seen, write([qa_prompt(v, *codes[i], turn(i), before[i]) for i in seen], 64)): before[i] = (*before[i], (turn(i), words))
             for i in seen: asked[i] = [] # the question is among the turns now
-        return [self.text.decode(ids) for ids in write([qa_prompt(v, c, g, q, b) for (c, g), q, b in zip(codes, asked, before, strict=True)], max_new)]
+        return [self.words(ids) for ids in write([qa_prompt(v, c, g, q, b) for (c, g), q, b in zip(codes, asked, before, strict=True)], max_new)]
 
 # %% ../../nbs/34_model.tasks.ipynb #eb3d28f2
 class ArmCodes(ArmWords):
