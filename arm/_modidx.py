@@ -533,6 +533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'arm.eval.harness.register': ('eval.harness.html#register', 'arm/eval/harness.py')},
             'arm.eval.mmmu': { 'arm.eval.mmmu._mmmu_answers': ('eval.mmmu.html#_mmmu_answers', 'arm/eval/mmmu.py'),
                                'arm.eval.mmmu._mmmu_folder': ('eval.mmmu.html#_mmmu_folder', 'arm/eval/mmmu.py'),
+                               'arm.eval.mmmu._rows': ('eval.mmmu.html#_rows', 'arm/eval/mmmu.py'),
                                'arm.eval.mmmu._several': ('eval.mmmu.html#_several', 'arm/eval/mmmu.py'),
                                'arm.eval.mmmu.mmmu_choice': ('eval.mmmu.html#mmmu_choice', 'arm/eval/mmmu.py'),
                                'arm.eval.mmmu.mmmu_items': ('eval.mmmu.html#mmmu_items', 'arm/eval/mmmu.py'),
