@@ -1662,6 +1662,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'arm/train/borrowed.py'),
                                     'arm.train.borrowed.LitBorrowed.on_save_checkpoint': ( 'train.borrowed.html#litborrowed.on_save_checkpoint',
                                                                                            'arm/train/borrowed.py'),
+                                    'arm.train.borrowed.LitBorrowed.projected': ( 'train.borrowed.html#litborrowed.projected',
+                                                                                  'arm/train/borrowed.py'),
                                     'arm.train.borrowed.LitBorrowed.semantic_losses': ( 'train.borrowed.html#litborrowed.semantic_losses',
                                                                                         'arm/train/borrowed.py'),
                                     'arm.train.borrowed.SeeingTokenizer': ('train.borrowed.html#seeingtokenizer', 'arm/train/borrowed.py'),

@@ -22,6 +22,7 @@ from .layers import by_columns
 from .sequence import ImagePrompt, qa_prompt
 from .transformer import ARM, ARMConfig
 from ..tokenizer.decoder import at_once
+from ..tokenizer.fsq import FSQ
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
 from ..tokenizer.renderfiles import digest
 
@@ -130,7 +131,9 @@ class ArmFolder(ArmBase):
         dtype:torch.dtype=torch.bfloat16, # of all weights but the down-projection, whose codes must not change
     ) -> None:
         "Write config.json, the weights as safetensors, and the words."
-        path = Path(path); path.mkdir(parents=True, exist_ok=True)
+        path, q = Path(path), self.tokenizer.fsq
+        if type(q) is not FSQ or tuple(q.levels.tolist()) != tuple(self.tokenizer.cfg.levels): raise ValueError(f"{type(q).__name__}: a model folder knows plain FSQ alone, and would come back with it; keep the state_dict and build the tokenizer anew")
+        path.mkdir(parents=True, exist_ok=True)
         exact = lambda v: v.half() if torch.equal(v.half().float(), v) else v # see `VisualTokenizer.settle`
         save_tensors(path / "tokenizer.safetensors", {k: exact(v) if k.startswith("down.") else v.to(dtype) for k, v in self.tokenizer.state_dict().items()})
         save_tensors(path / "arm.safetensors", {k: v.to(dtype) for k, v in self.model.state_dict().items()})
