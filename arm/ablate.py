@@ -92,7 +92,7 @@ def summarise(rows: list[dict], # as `ablate` returns them
         mean, sd, _ = interval(found[name])
         delta, half = versus(rows, metric, name, names[0])
         real = half == half and abs(delta) > max(half, spread)
-        verdict = "base" if name == names[0] else "none" if not real else "better" if (delta > 0) == higher_is_better else "worse"
+        verdict = "base" if name == names[0] else "not finite" if delta != delta else "none" if not real else "better" if (delta > 0) == higher_is_better else "worse"
         out.append([name, len(found[name]), f"{mean:.{digits}f} ± {sd:.{digits}f}",
                     "" if name == names[0] else f"{delta:+.{digits}f} ± {half:.{digits}f}", verdict])
     return table(out, ["variant", "runs", f"{metric} {'↑' if higher_is_better else '↓'} (mean ± sd)", "difference (95 %)", "verdict"])
@@ -118,5 +118,5 @@ def judge_claims(rows: list[dict], # as `ablate` returns them
     lines = []
     for metric, name, base in claims:
         delta, half = versus(rows, metric, name, base)
-        lines.append([f"{name} > {base}", metric, f"{delta:+.{digits}f} ± {half:.{digits}f}", "holds" if delta > half else "opposite" if -delta > half else "open"])
+        lines.append([f"{name} > {base}", metric, f"{delta:+.{digits}f} ± {half:.{digits}f}", "not finite" if delta != delta else "holds" if delta > half else "opposite" if -delta > half else "open"])
     return table(lines, ["claim", "by", "difference (95 %)", "verdict"])

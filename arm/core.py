@@ -70,7 +70,7 @@ def atomic_path(path: str | Path, # the file to create or replace; missing folde
         os.replace(tmp, goal)
     except OSError as e:
         if e.filename is not None and str(e.filename) not in (str(tmp), *map(str, goal.parents)): raise
-        raise ValueError(f"cannot write {path}: {e.strerror}; choose a path in a folder that you can write to") from e
+        raise ValueError(f"cannot write {path}: {e.strerror or e}; choose a path in a folder that you can write to") from e
     finally:
         try: tmp.unlink(missing_ok=True)
         except OSError: pass  # the folder itself is missing: there is nothing to remove
@@ -173,7 +173,7 @@ def _fit(value: object, kind: type, name: str) -> object:
     elif origin is tuple and isinstance(value, (list, tuple)):
         kinds = args[:1]*len(value) if args[1:] == (...,) else args
         if len(kinds) == len(value): return tuple(_fit(v, k, name) for v, k in zip(value, kinds))
-    elif kind is float and type(value) in (int, float): return float(value)
+    elif kind is float and (type(value) is float or type(value) is int and abs(value) < 2**1000): return float(value)
     elif type(value) is kind: return value
     wanted = kind.__name__ if isinstance(kind, type) and not args else str(kind).replace("typing.", "")
     raise ValueError(f"field {name} is {value!r}; it must be {wanted}: correct it in the configuration")

@@ -129,7 +129,7 @@ def token_colors(indices: Tensor, # (...) integers of at least 0, in any range
                  *, bits: int = 16, # bits per id; a codebook has 2**bits of them
                  ) -> Tensor: # (..., 3) floats in [0, 1)
     "A colour per token id: its bits dealt out to red, green and blue."
-    k = torch.arange(bits)
+    k = torch.arange(bits, device=indices.device)
     on = (indices.long()[..., None] >> k & 1).float()*0.5**(1 + k//3)
     return torch.stack([on[..., k % 3 == c].sum(-1) for c in range(3)], -1)
 

@@ -73,7 +73,8 @@ def test_odd_files_end_in_one_sentence(name, data, tmp_path):
     for suffix in (".jsonl", ".csv", ".txt", "_color_alter_gpt_score.csv"):
         file = tmp_path/f"x{suffix}"
         file.write_bytes(data)
-        with pytest.raises(ValueError): score(name, file)
+        with pytest.raises(ValueError) as e: score(name, file)
+        assert type(e.value) is ValueError and "\n" not in str(e.value)  # in our words, not in those of a library
 
 
 def test_scoring_needs_no_model():

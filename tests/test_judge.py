@@ -171,7 +171,7 @@ def test_a_refused_picture_is_no_verdict_for_it_alone(status):
     assert [o.value for o in opinions] == [None, 8.] and opinions[0].tries == (str(status),)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 307])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 307])
 def test_what_fails_for_all_stops_the_run_and_follows_no_redirect(status):
     with serve(lambda h, body, nth: (500, {}, b"another place")) as other, \
          serve(lambda h, body, nth: (status, {"Location": other.url}, b"no") if "one" in body["messages"][1]["content"][0]["text"].split("text>")[1] else (500, {}, b"")) as stand:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from arm.app.score import score
 from arm.eval import choice, mmmu, vqa, yesno
 from arm.eval.ask import in_order
 from arm.eval.bench import BENCH, report
@@ -31,8 +32,10 @@ def test_samples_have_their_known_scores_and_print(name):
 @pytest.mark.parametrize("name", FILES)
 def test_wrong_files_are_refused_in_words(name, tmp_path):
     (tmp_path/"empty.json").write_text(""); (tmp_path/"list.json").write_text("[]"); (tmp_path/"noise.json").write_bytes(bytes(range(128)))
-    for paths in ([], [tmp_path/"missing.json"]*len(FILES[name]), [tmp_path/"empty.json"]*len(FILES[name]), [tmp_path/"list.json"]*len(FILES[name]), [tmp_path/"noise.json"]*len(FILES[name])):
-        with pytest.raises(ValueError): SCORERS[name](paths)
+    (tmp_path/"foreign.tsv").write_bytes(b"\xff\xfe\x00"); (tmp_path/"Art").mkdir(); (tmp_path/"Art"/"output.json").write_bytes(b"\xff\xfe\x00")
+    for paths in ([tmp_path/"foreign.tsv"]*len(FILES[name]), [tmp_path]*len(FILES[name]), [], [tmp_path/"missing.json"]*len(FILES[name]), [tmp_path/"empty.json"]*len(FILES[name]), [tmp_path/"list.json"]*len(FILES[name]), [tmp_path/"noise.json"]*len(FILES[name])):
+        with pytest.raises(ValueError) as e: score(name, *paths)
+        assert type(e.value) is ValueError and "\n" not in str(e.value)  # in our words, not in those of a library
 
 
 def test_answers_are_never_invented():

@@ -19,7 +19,7 @@ from arm.tokenizer.model import TokenizerConfig, VisualTokenizer
 from arm.tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig
 from arm.train import renderers, run, sft
 from arm.train.arm import LitARM
-from arm.train.data import ShapesPictures, mixed_pictures, subset
+from arm.train.data import ShapesPictures, StepData, mixed_pictures, subset
 from arm.train.pool import ShapesPool, mixed_tokens
 from arm.train.processes import run_processes
 from arm.train.run import RunConfig, fit, read_log, train_teacher
@@ -171,10 +171,11 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_each_process_trains_on_its_own_share():
-    module, draw = stage("tokenizer", 1)
-    whole = draw(0, 0, 1)
-    module._trainer = SimpleNamespace(global_rank=1, world_size=2)
-    assert torch.equal(draw(0, 1, 2).images, whole.images[1::2]) and draw(0, 1, 2).texts == whole.texts[1::2]
+    draw = stage("tokenizer", 1)[1]
+    whole, data = draw(0, 0, 1), StepData(draw, 1)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2, global_step=0)
+    mine = next(iter(data.train_dataloader()))
+    assert torch.equal(mine.images, whole.images[1::2]) and list(mine.texts) == whole.texts[1::2]
 
 
 def test_the_long_run_trains_both_worlds_as_its_preset_says(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLING', 'BENCHMARKS', 'OURS', 'COMMANDS']
 
 # %% ../../nbs/91z_app.commands.ipynb #6631ecfa
-import sys
+import re, sys
 
 from .terminal import START, load_model, number, size, writable
 
@@ -38,6 +38,8 @@ def _renderers(args, model, out):
 
 BENCHMARKS, OURS = ("data", "images", "key", "judge", "judge_model", "rewritten", "out", "size", *SAMPLING), ("n", "worlds", "renderers") # options of one form of `arm eval`
 
+def _quick(card): return re.search(r"--quick\b", str(card.get("command", ""))) is not None # a model after reinforcement, too, is held to the goals of its run
+
 def _evaluate(args):
     if lost := [f"--{k.replace('_', '-')}" for k in (OURS if args.name else BENCHMARKS) if getattr(args, k) not in (None, "")]:
         raise ValueError(f"{', '.join(lost)}: of {'our own examination, and ' + args.name + ' is a benchmark' if args.name else 'a benchmark, and none is named; name it, such as: arm eval pope'}; leave {'it' if len(lost) == 1 else 'them'} out otherwise")
@@ -47,7 +49,7 @@ def _evaluate(args):
     if args.renderers: return _renderers(args, model, out)
     from arm.eval.suite import evaluate, save_scores, score_table
     scores = evaluate(model, n=args.n or 1000, seed=args.seed, worlds=tuple(args.worlds or ("shapes", "openmoji")))
-    print(score_table(scores, quick="--quick" in str(model.card.get("command", "")).split()))
+    print(score_table(scores, quick=_quick(model.card)))
     if out: print(f"wrote {save_scores(out, scores)}")
 
 def _add_eval(command):

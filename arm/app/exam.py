@@ -39,6 +39,7 @@ def gold(
         notes = [load_json(k).get("annotations", []) for k in key or []]
         known = {str(a["question_id"]): a["multiple_choice_answer"] for n in notes for a in n}
         said = [known.get(i.id) for i in items]
+        if key and (n := sum(s is None for s in said)): raise ValueError(f"{', '.join(map(str, key))}: no annotation for {n} of {len(items)} questions; give the annotations of the same split")
     elif name == "mme": said = [i.meta["line"][2] for i in items]
     else: said = [i.meta.get("label" if name == "pope" else "answer") for i in items]
     said = [s[0] if isinstance(s, list) and s else s for s in said]
@@ -112,6 +113,7 @@ def run_drawing(
     if rewrite: items = rewritten(items, rewrite)
     facts = (facts or {}) | {"prompt form": "rewritten" if rewrite else "raw"}
     made = generate(items, make, bench.layout, out, seed=seed, facts=facts, say=say)
+    if len(no := refusals(out)) == len(items): raise ValueError(f"all {len(items)} items were refused, the first one since: {next(iter(no.values()))}; check --size and the prompts")
     if made.missing < len(items):
         with atomic_path(Path(out) / "sheet.png") as tmp: sheet_of(items, bench.layout, out).save(tmp, format="PNG")
     return Path(out) / "images", made.missing

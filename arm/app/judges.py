@@ -20,6 +20,7 @@ from ..data.emojiart import rasterise, read_svg
 from ..data.pictures import open_picture
 from ..eval import dpg, gedit, geneval, wise
 from ..eval.draw import Item
+from .score import ODD
 from ..rl.chat import Chat, ahead, served_model
 from ..rl.judge import JudgeConfig
 
@@ -43,13 +44,14 @@ def message(
 def read_boxes(
     text: str, # a reply
     names: Sequence[str], # classes that were asked for
+    size: tuple[int, int], # (width, height) of the picture in px
 ) -> dict[str, list[geneval.Object]] | None: # as a detector gives them, each with confidence 1; None when it cannot be read
-    "Objects in a reply."
+    "Objects in a reply; boxes that leave the picture are in other units than pixels, and no verdict."
     try: rows = json.loads(text[text.index("["):text.rindex("]") + 1])
     except ValueError: return None
     out = {}
     for r in rows:
-        if not isinstance(r, dict) or not isinstance(box := r.get("box"), list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box) or not (box[0] < box[2] and box[1] < box[3]): return None
+        if not isinstance(r, dict) or not isinstance(box := r.get("box"), list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box) or not (-2 <= box[0] < box[2] <= size[0] + 2 and -2 <= box[1] < box[3] <= size[1] + 2): return None
         if r.get("class") in names: out.setdefault(r["class"], []).append(([float(x) for x in box], 1., None))
     return out
 
@@ -61,8 +63,8 @@ def boxes_from(
     "A detector and a reader of colours out of a vision-language model."
     def detect(image):
         ask = f"The picture is {image.width} pixels wide and {image.height} high. Find every object of these kinds: {', '.join(names)}. Reply with a JSON list and nothing else, one entry per object: " '{"class": name, "box": [left, top, right, bottom]} in pixels. An empty list means that there are none.'
-        reply = chat.say(message(ask, [image]), lambda t: read_boxes(t, names))
-        return None if reply is None else read_boxes(reply, names)
+        reply = chat.say(message(ask, [image]), lambda t: read_boxes(t, names, image.size))
+        return None if reply is None else read_boxes(reply, names, image.size)
     def hue(reply): return next((w for w in re.findall("[a-z]+", reply.lower()) if w in geneval.COLORS), None) # the first that is a colour
     def colour(image, objects, name):
         said = []
@@ -107,6 +109,13 @@ class Referee:
     workers: int = 1 # questions at the same time
     chat: Chat | None = None # the endpoint behind it
 
+def _guarded(plug: Callable, where: str) -> Callable:
+    "A plug of the user's whose own mistakes are told as such, and not as faults of the files."
+    def ask(*shown):
+        try: return plug(*shown)
+        except ODD as e: raise ValueError(f"--judge {where} fails when it is asked ({type(e).__name__}: {e}); mend it, or return None where there is no verdict") from e
+    return ask
+
 def referee(
     name: str,  # of a benchmark
     where: str, # an address, or module:name
@@ -126,8 +135,8 @@ def referee(
             plug = getattr(importlib.import_module(module), attribute)
             if name == "geneval" and not (isinstance(plug, (tuple, list)) and len(plug) == 2 and all(map(callable, plug))): raise ValueError(f"{attribute} is a {type(plug).__name__}; GenEval needs a pair, a detector and a function that names colours")
             if name != "geneval" and not callable(plug): raise ValueError(f"{attribute} is a {type(plug).__name__}, and nothing that can be called")
-            return Referee(f"judge {where}", plug)
-        except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"--judge {where}: {e}; give an address such as https://host/v1, or module:name of a plug that can be imported") from None
+            return Referee(f"judge {where}", tuple(_guarded(p, where) for p in plug) if name == "geneval" else _guarded(plug, where))
+        except (ImportError, AttributeError, SyntaxError, ValueError) as e: raise ValueError(f"--judge {where}: {e}; give an address such as https://host/v1, or module:name of a plug that can be imported") from None
     script = beside(name, data, key)
     config = JudgeConfig(base_url=where, model=model or "unnamed")
     config = replace(config, model=model or served_model(where, api_key, OFFICIAL[name][1]), **LIMITS[name.removesuffix("-cn")])

@@ -162,8 +162,9 @@ def start_of(
     called = lambda path: path.parent.name if path.name == "model" else path.name # as a training notes its start
     for name in names: # before reinforcement, else before fine-tuning
         near = [m for r in runs for m in r.models if called(m.path.resolve()) == name and m.path.resolve() != here]
-        beside = (read_model(p, name) for p in (here.parent / name, here.parent.parent / name / "model", DATA / "models" / name) if p.is_dir() and p.resolve() != here)
-        found = next((m for m in (*near, *beside) if m and m.scores), None)
+        places = [p for p in (here.parent / name, here.parent.parent / name / "model", DATA / "models" / name) if p.is_dir() and p.resolve() != here]
+        kin = [m for m in (*near, *(read_model(p, name) for p in places)) if m and m.card.get("run") == model.card.get("run")] # another model of that name is no start
+        found = next((m for m in kin if m.scores), None)
         if found: return found
     return None
 

@@ -20,6 +20,7 @@ import arm
 from ..core import atomic_write, load_json, pick_precision, save_json
 from ..rl.prompts import PHASES
 from ..train.curves import Curve, read_curves
+from ..train.run import run_config
 
 # %% ../../nbs/90a_app.runs.ipynb #7b143437
 def told(
@@ -264,9 +265,10 @@ def settings_of(
         cards = [e for m in run.models for e in (m.card.get("rl") if isinstance(m.card.get("rl"), list) else []) if isinstance(e, dict) and f"grpo-{e.get('phase')}" == stage.kind]
         typed = [s["settings"] for s in run.starts if isinstance(s.get("settings"), dict) and "n_prompts" in s["settings"]]
         for e in cards: typed.append({"replay": 0} | {k: e[k] for k in ("worlds",) if k in e} | (e["run"] if isinstance(e.get("run"), dict) else {}))
-        return {k: typed[-1][k] for k in ("worlds", "replay") if typed and k in typed[-1]}
+        held = typed[-1] if typed else {}
+        return ({"worlds": list(map(str, w))} if isinstance(w := held.get("worlds"), (list, tuple)) else {}) | ({"replay": n} if (n := number_in(held.get("replay"))) is not None else {})
     if isinstance(known.get("worlds"), (list, tuple)): out["worlds"] = list(map(str, known["worlds"]))
     elif isinstance(known.get("quick"), bool): out["worlds"] = ["shapes"] if known["quick"] else ["shapes", "openmoji"]
     own = number_in(known.get({"decoder": "tokenizer"}.get(stage.kind, stage.kind) + "_batch")) or number_in(known.get("batch"))
-    if not own and isinstance(known.get("quick"), bool): own = {"teacher": 128}.get(stage.kind, 64)
+    if not own and isinstance(known.get("quick"), bool): own = getattr(run_config(known["quick"]), {"decoder": "tokenizer"}.get(stage.kind, stage.kind) + "_batch", None)
     return out | ({"batch": int(own)} if own else {})

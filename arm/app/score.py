@@ -39,7 +39,7 @@ def scorer_of(
     raise ValueError(f"no benchmark {name!r}; there are {', '.join(scorers())}" + (f": did you mean {near[0]}?" if near else ""))
 
 # %% ../../nbs/91b_app.score.ipynb #106d8eb1
-ODD = (zipfile.BadZipFile, KeyError, TypeError, AttributeError, IndexError, SyntaxError, ArithmeticError, RecursionError, csv.Error) # what files of another kind than asked for raise on the way
+ODD = (zipfile.BadZipFile, KeyError, TypeError, AttributeError, IndexError, SyntaxError, ArithmeticError, RecursionError, UnicodeError, jsonlib.JSONDecodeError, csv.Error) # what files of another kind than asked for raise on the way
 
 def compute(
     name: str,          # of a benchmark

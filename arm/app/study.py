@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'SCORES', 'place', 'tokenizer_score', 'whole_score', 'downstream_score', 'gather', 'find', 'Stash',
-           'run_study', 'study']
+           'begun_from', 'run_study', 'study']
 
 # %% ../../nbs/91a_app.study.ipynb #f6240783
 import csv, io, shutil
@@ -117,6 +117,13 @@ class Stash:
         if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()): self.folder.parent.rmdir()
 
 # %% ../../nbs/91a_app.study.ipynb #1c8392de
+def begun_from(
+    start: str | Path, # model folder
+) -> str:              # as trainings name it
+    "The name of a start: its folder's, or that of the run around a folder `model`."
+    start = Path(start)
+    return start.resolve().parent.name if start.name == "model" else start.name
+
 def run_study(
     name: str,                              # which study
     out: str | Path = "runs/studies",       # folder for checkpoints and rows on the way
@@ -133,8 +140,10 @@ def run_study(
     if seeds < 1 or steps < 0: raise ValueError(f"seeds={seeds}, steps={steps}: a study needs at least one seed, and a length of 0 (its own) or more")
     if start:
         if lost := [k for k, v in study.variants.items() if not hasattr(v, "begun")]: raise ValueError(f"start={start!r}: row {lost[0]!r} of study {name!r} begins from no model that could be exchanged; leave it out")
-        study, name = Study(**vars(study) | dict(variants={k: v.begun(start) for k, v in study.variants.items()})), f"{name}-{Path(start).name}"
+        study, name = Study(**vars(study) | dict(variants={k: v.begun(start) for k, v in study.variants.items()})), f"{name}-{begun_from(start)}"
     final, home, rows = place(name, out, seeds, steps, record), Path(out) / name, Path(out) / "rows"
+    if final.exists() and start and (other := {v.get("start", start) for v in load_json(final.with_suffix(".json"))["variants"].values()} - {start}):
+        raise ValueError(f"start={start!r}: {final} is the record of another start, {sorted(other)[0]}; give the model folder another name, or move the record away")
     if final.exists():
         print(f"study {name} is finished and stays as it is: {final}; to run it anew, move that file away")
         return final

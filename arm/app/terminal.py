@@ -161,6 +161,7 @@ def exchange_renderer(model, # an `Arm`, changed in place
     found = load_renderers(folder, model.tokenizer)
     if name not in found: raise ValueError(f"renderer {name!r} is not in {folder}; choose one of {', '.join(found)}, or train them: arm train renderers")
     model.renderer = found[name]
-    model.renderer.check(steps or model.renderer.steps, guidance or model.renderer.guidance, shift or None)
-    model.renderer.steps, model.renderer.guidance, model.renderer.shift = steps or model.renderer.steps, guidance or model.renderer.guidance, shift or None
+    steps, guidance, shift = steps or model.renderer.steps, guidance or model.renderer.guidance, shift or model.renderer.shift
+    model.renderer.check(steps, guidance, shift)
+    model.renderer.steps, model.renderer.guidance, model.renderer.shift = steps, guidance, shift
     return model

@@ -20,6 +20,7 @@ from .reference import check_answers, check_data, check_scorer, plain
 from .score import ODD, compute
 from ..core import load_json, save_json
 from ..eval.bench import Result
+from ..eval.dpg import read_questions
 from ..eval.draw import refusals, rewritten
 from ..train.place import place
 
@@ -70,6 +71,7 @@ def before(
     path, value = check_scorer(t.name).headline
     note(f"reference: the samples of {plain(t.name)} get {path} {value:.6g}, as known")
     table = beside(t.name, t.data, t.key) if t.name == "dpg" and t.judge else None
+    asks = read_questions(table) if table else {}
     official, told = check_data(t.name, t.data, [*t.key, *([str(table)] if table and str(table) not in map(str, t.key) else [])])
     for text in told: note(text)
     if t.name in exams():
@@ -78,6 +80,7 @@ def before(
         return None
     if not t.judge: return None
     items = DRAWINGS[t.name].read(Path(t.data))
+    if table and (lost := [i.id for i in items if i.id not in asks]): raise ValueError(f"{table}: no questions for {len(lost)} of {len(items)} prompts, such as {lost[0]!r}; give the csv of the same release")
     who = referee(t.name, t.judge, t.data, t.out, items=items, key=t.key, model=t.judge_model, api_key=os.environ.get(t.judge_key) or None)
     right, off = check_judge(t.name, who)
     note(f"reference: {who.who} gives {right:.2f} to known pictures that are right, {off:.2f} to wrong ones")

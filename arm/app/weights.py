@@ -131,7 +131,8 @@ def try_out(
 ) -> str: # what it answered
     "Load a component as training does, and use it once."
     if name in ("flux", "sana"):
-        from arm.tokenizer.flux import pretrained_parts
+        try: from arm.tokenizer.flux import pretrained_parts
+        except ImportError as e: raise ValueError(f"{name}: {e}") from None # diffusers and peft are an extra
         *parts, shift = pretrained_parts(str(folder), name, local_only=True)
         return f"loads: {' and '.join(type(p).__name__ for p in parts)}, time shift {'by size' if shift is None else shift}"
     if name.startswith("siglip2"):

@@ -40,7 +40,7 @@ def read_answers(
     out: str | Path, # the run's folder
 ) -> dict[str, str]: # id -> answer
     "All answers of a run so far."
-    return {r["id"]: r["answer"] for f in sorted((Path(out) / "answers").glob("*.jsonl")) for r in read_jsonl(f)}
+    return {r["id"]: r["answer"] for f in sorted((Path(out) / "answers").glob("[0-9]*.jsonl")) for r in read_jsonl(f)} # a hidden one is being written, or was when somebody pulled the plug
 
 # %% ../../nbs/57f_eval.ask.ipynb #985f8e34
 def answer_all(

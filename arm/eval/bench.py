@@ -80,6 +80,7 @@ def interval(
     "The 95 % interval of a weighted sum of group means."
     weights = weights or {g: 1 / len(groups) for g in groups}
     m, v, n = sum(weights[g] * x[0] for g, x in groups.items()), sum(weights[g]**2 * x[1] for g, x in groups.items()), sum(x[2] for x in groups.values())
+    if v <= 1e-18 * top**2: v = 0. # what rounding leaves is no scatter
     p = min(max(m / top, 0.), 1.)
     if top != 1 and v > 0: return max(0., m - Z * v**.5), min(top, m + Z * v**.5), n
     trials = max(1., p * (1 - p) / v) if 0 < p < 1 and v > 0 else n # as many independent ones would scatter as much

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..core import atomic_path, atomic_write, load_json
 from ..data.pictures import fit_picture, open_picture
 from .ask import Exam
-from .bench import Result, existing, interval, read_jsonl, spread, write_jsonl
+from .bench import Result, existing, interval, read_jsonl, read_text, spread, write_jsonl
 from .draw import Item
 from ..model.sequence import Sample, pad_batch, qa_prompt
 
@@ -70,7 +70,7 @@ def read_table(
         sheet = [["" if c is None else str(c) for c in row] for row in openpyxl.load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True)]
     else:
         before = csv.field_size_limit(2**31 - 1)  # pictures lie in the cells
-        try: sheet = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), delimiter="," if path.suffix == ".csv" else "\t"))
+        try: sheet = list(csv.reader(io.StringIO(read_text(path, "a table")), delimiter="," if path.suffix == ".csv" else "\t"))
         except csv.Error as e: raise ValueError(f"{path}: no table with tabs ({e}); save it as .tsv") from None
         finally: csv.field_size_limit(before)
     if not sheet or "index" not in sheet[0]: raise ValueError(f"{path}: no column 'index'; MMBench's tables have one row per question and rotation, with index, question and A to D")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import atomic_write, load_json
 from .ask import SHORT, Exam
-from .bench import Result, check_file, interval, plain_name, read_jsonl, spread
+from .bench import Result, check_file, interval, plain_name, read_jsonl, read_text, spread
 from .choice import LETTER, LETTERS, ask_options
 from .draw import Item
 
@@ -73,12 +73,16 @@ DOMAINS = {"Art and Design": ("Art", "Art_Theory", "Design", "Music"), "Business
     "Tech and Engineering": ("Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power", "Materials", "Mechanical_Engineering")}
 SUBJECTS = sorted(s for d in DOMAINS.values() for s in d)  # the order in which the official scripts go
 
+def _rows(path: Path) -> list[dict]:
+    try: return json.loads(read_text(path, "a model's output.json"))
+    except json.JSONDecodeError as e: raise ValueError(f"{path}: no JSON ({e}); give the file that the official script wrote") from None
+
 def _mmmu_folder(folder: Path) -> tuple[dict, int]:
     "Subject -> [(official verdict, verdict without dice)], in the order of the official run; answers that were diced."
     dice, diced, out = random.Random(42), 0, {}
     for subject in [s for s in SUBJECTS if (folder / s / "output.json").is_file()]:
         out[subject] = []
-        for r in json.loads((folder / subject / "output.json").read_text(encoding="utf-8")):
+        for r in _rows(folder / subject / "output.json"):
             gold = r["answer"]
             if r["question_type"] == "multiple-choice":
                 found = mmmu_choice(r["response"], r["index2ans"])

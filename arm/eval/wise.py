@@ -51,10 +51,11 @@ LAYOUT = Layout("wise", 1, lambda root, item: [root / f"{item.id}.png"], lambda 
 
 # %% ../../nbs/57d_eval.wise.ipynb #9eb8c5c2
 def read_reply(
-    text: str,     # the judge's reply
+    text: str | None, # the judge's reply; None without one
     protocol: str, # "legacy" or "verified"
 ) -> dict[str, float] | None: # rating by name; None when the reply cannot be read
     "Ratings in a reply, by the official patterns."
+    if text is None: return None
     if protocol == "verified":
         text = re.sub(r"</think>\s*", "", re.sub(r"<think>.*?</think>\s*", "", text, flags=re.S)).strip()
         hit, alone = re.search(r"score\*{0,2}\s*:?\s*([01])\b", text, re.I), re.findall(r"(?m)^\s*([01])\s*$", text)
@@ -101,7 +102,7 @@ def judge(
     images: str | Path,     # the official folder
     items: Sequence[Item],  # from `read_prompts`
     out: str | Path,        # ..._scores_results.jsonl; the raw replies go beside it
-    ask: Callable[[Path, Item], str], # picture file and item -> reply
+    ask: Callable[[Path, Item], str | None], # picture file and item -> reply; None: no verdict, asked about again next time
     protocol: str,          # "legacy" or "verified"
 ) -> Path: # the file written
     "Rate every picture of a folder; goes on where it stopped."

@@ -8,14 +8,14 @@ __all__ = ['MEASURES', 'Cluster', 'MME_TASKS', 'EXAMS', 'SCORERS', 'read_pope', 
            'mme_items', 'mme_write']
 
 # %% ../../nbs/58_eval.yesno.ipynb #5c99ad2b
-import re
+import io, re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from ..core import atomic_write
 from .ask import SHORT, Exam
-from .bench import Result, existing, interval, read_jsonl, write_jsonl
+from .bench import Result, interval, read_jsonl, read_text, write_jsonl
 from .draw import Item
 
 # %% ../../nbs/58_eval.yesno.ipynb #d2d20cb1
@@ -143,7 +143,7 @@ def mme_rows(
     fields: int = 4,  # 4 with answers, 3 before
 ) -> list[list[str]]: # picture, question, right answer in lower case, answer with its line end
     "The lines of one task, checked."
-    with existing(path, "a task's file of MME").open(encoding="utf-8") as f: rows = [line.split("\t") for line in f.readlines()]
+    rows = [line.split("\t") for line in io.StringIO(read_text(path, "a task's file of MME"), newline=None)]
     for i, r in enumerate(rows, 1):
         r[2:3] = [r[2].lower().strip("\n") if fields == 3 else r[2].lower()] if len(r) > 2 else []
         if len(r) != fields or r[2] not in ("yes", "no"): raise ValueError(f"{path}, line {i}: {len(r)} fields, answer {r[2] if len(r) > 2 else None!r}; MME wants picture, question, Yes or No"

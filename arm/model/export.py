@@ -21,7 +21,7 @@ from .hub import Growth, Place, get_rest, hub_names
 from .transformer import ARM, ARMConfig
 
 # %% ../../nbs/35a_model.export.ipynb #12575343
-KEEP = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range") # facts that ARM does not need
+KEEP = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range") # facts of the folder that go along
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
 
 def config_of(
@@ -81,6 +81,8 @@ def export_hub(
     dtype, own = dtype or model.embed.text.weight.dtype, dict(model.named_parameters())
     if not dtype.is_floating_point: raise ValueError(f"dtype={dtype}; weights are floats. Take torch.float32, torch.bfloat16 or torch.float16.")
     old = {} if like is None else load_json(Path(like) / "config.json")
+    end = next(iter(e), None) if isinstance(e := old.get("eos_token_id"), list) else e # of several the first, as `hub_config` reads it
+    if end not in (None, model.cfg.end_id): raise ValueError(f"like={str(like)!r} ends a text with id {end}, the model with {model.cfg.end_id}; give the folder that the model came from.")
     folder.mkdir(parents=True, exist_ok=True)
     sizes, where = {n: prod(p.shape) * dtype.itemsize for n, p in names.items()}, {}
     shards = cut_shards(sizes, shard_bytes)

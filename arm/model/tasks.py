@@ -22,7 +22,9 @@ from .layers import by_columns
 from .sequence import ImagePrompt, qa_prompt
 from .transformer import ARM, ARMConfig
 from ..tokenizer.decoder import at_once
+from ..tokenizer.fsq import FSQ
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
+from ..tokenizer.renderfiles import digest
 
 # %% ../../nbs/34_model.tasks.ipynb #abbb97a4
 Codes = tuple[Tensor, tuple[int, int]] # (N,) indices of one picture and its grid (h, w)
@@ -108,6 +110,7 @@ class ArmFolder(ArmBase):
         for name, part in (("tokenizer", tokenizer), ("arm", model)):
             file = cls.file(path, f"{name}.safetensors")
             load_weights(part, load_tensors(file), source=file)
+        if (told := config.get("codes")) and told != digest(tokenizer.down): raise ValueError(f"{path}: its transformer speaks the codes of another tokenizer than that of {config.get('base') or 'this folder'}; put its own tokenizer.safetensors beside it")
         arm = cls(tokenizer, model, TextTokenizer.from_file(cls.file(path, "text.json")), config["card"]).to(device)
         by_columns(arm.model)
         return arm
@@ -128,7 +131,9 @@ class ArmFolder(ArmBase):
         dtype:torch.dtype=torch.bfloat16, # of all weights but the down-projection, whose codes must not change
     ) -> None:
         "Write config.json, the weights as safetensors, and the words."
-        path = Path(path); path.mkdir(parents=True, exist_ok=True)
+        path, q = Path(path), self.tokenizer.fsq
+        if type(q) is not FSQ or tuple(q.levels.tolist()) != tuple(self.tokenizer.cfg.levels): raise ValueError(f"{type(q).__name__}: a model folder knows plain FSQ alone, and would come back with it; keep the state_dict and build the tokenizer anew")
+        path.mkdir(parents=True, exist_ok=True)
         exact = lambda v: v.half() if torch.equal(v.half().float(), v) else v # see `VisualTokenizer.settle`
         save_tensors(path / "tokenizer.safetensors", {k: exact(v) if k.startswith("down.") else v.to(dtype) for k, v in self.tokenizer.state_dict().items()})
         save_tensors(path / "arm.safetensors", {k: v.to(dtype) for k, v in self.model.state_dict().items()})
@@ -146,6 +151,12 @@ class ArmWords(ArmFolder):
         ids, most = self.text.encode(prompt), self.card["max_prompt"]
         if len(ids) > most: raise ValueError(f"a prompt of {len(ids)} tokens ({len(prompt)} characters); this model reads at most {most}: shorten it")
         return ids
+
+    def words(self,
+        ids:list[int], # text ids, as drawn
+    ) -> str: # what they say
+        "Ids to words; a row to spare, which a trunk may have, has no word."
+        return self.text.decode([i for i in ids if i < self.text.vocab_size])
 
     def planned(self,
         items:list[ImagePrompt], # requests
@@ -175,7 +186,7 @@ class ArmWords(ArmFolder):
             for turn in (lambda i: [], lambda i: asked[i]): # what is there, and what of it the answer rests on
                 for i, words in zip(seen, write([qa_prompt(v, *codes[i], turn(i), before[i]) for i in seen], 64)): before[i] = (*before[i], (turn(i), words))
             for i in seen: asked[i] = [] # the question is among the turns now
-        return [self.text.decode(ids) for ids in write([qa_prompt(v, c, g, q, b) for (c, g), q, b in zip(codes, asked, before, strict=True)], max_new)]
+        return [self.words(ids) for ids in write([qa_prompt(v, c, g, q, b) for (c, g), q, b in zip(codes, asked, before, strict=True)], max_new)]
 
 # %% ../../nbs/34_model.tasks.ipynb #eb3d28f2
 class ArmCodes(ArmWords):

@@ -192,9 +192,9 @@ def grpo_loss(
 
 def _diagnostics(policy, kl, ratio, new, low, high, mask):
     "What to watch while training, each a scalar."
-    only = torch.where(mask, ratio, 1.)
+    only, live = torch.where(mask, ratio, 1.), ratio[mask] if mask.any() else ratio.new_ones(1)
     return dict(policy_loss=policy, kl=masked_mean(kl, mask), drift=masked_mean(only - 1 - only.log(), mask), surprise=masked_mean(-new, mask), ratio_mean=masked_mean(ratio, mask) if mask.any() else only.new_ones(()),
-                ratio_min=only.min(), ratio_max=only.max(), clip_low=masked_mean(low.float(), mask), clip_high=masked_mean(high.float(), mask),
+                ratio_min=live.min(), ratio_max=live.max(), clip_low=masked_mean(low.float(), mask), clip_high=masked_mean(high.float(), mask),
                 clip_fraction=masked_mean((low | high).float(), mask), live_samples=mask.any(1).float().mean(), tokens=mask.sum())
 
 # %% ../../nbs/60_rl.grpo.ipynb #ed43ad4b

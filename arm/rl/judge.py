@@ -130,8 +130,8 @@ def _send(end:_Endpoint, payload:dict, stop:threading.Event) -> str:
 def _content(end:_Endpoint, status:int, wait:str | None, body:bytes) -> str:
     "The content of a whole HTTP reply; counts its tokens."
     said = end.clean(body.decode(errors="replace"))[:200]
-    if status in (401, 403, 404) or 300 <= status < 400:
-        raise ValueError(f"the judge at {end.host} answers {status}, and would for every picture; check the key, the address and the model's name ({said})")
+    if status in (401, 402, 403, 404, 405, 410) or 300 <= status < 400:
+        raise ValueError(f"the judge at {end.host} answers {status}, and would for every picture; check the key, its account, the address and the model's name ({said})")
     if status in (408, 409, 425, 429) or status >= 500:
         with end.lock: end.until = max(end.until, time.monotonic() + retry_after(wait))
         raise _Again(str(status), f"HTTP {status}: {said}")

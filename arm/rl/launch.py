@@ -46,7 +46,7 @@ def read_prompts(
     "Prompts by task, checked."
     path, out = Path(path), {"t2i": [], "edit": []}
     if not path.is_file(): raise ValueError(f"prompts={str(path)!r} is no file; give a file of JSON lines, or 'shapes'")
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
         except ValueError as e: raise ValueError(f"{path}, line {n}: no JSON ({e}); correct or remove it") from None
@@ -161,6 +161,7 @@ def rl_plan(
 ) -> dict: # bytes and seconds
     "What a phase needs, without judge and painter."
     if gpu not in GPUS: raise ValueError(f"gpu={gpu!r}: choose one of {', '.join(GPUS)}")
+    if cfg.n_kv_head % sharding.tp: raise ValueError(f"tp={sharding.tp}: it must divide the {cfg.n_kv_head} key heads")
     counts, card, own = parameter_counts(shapes_of(cfg)), GPUS[gpu], -(-pictures // sharding.gpus)
     P = cfg.n_layer * counts["block"] + counts["rest"]
     row = Row(tokens=codes + 256, doc=codes + 256, rows=max(1, pictures // sharding.groups // accumulate), text=0., visual=codes / (codes + 256))

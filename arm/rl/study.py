@@ -222,6 +222,8 @@ class Recipe:
     def __post_init__(self):
         if wrong := [p for p in self.phases if p not in PHASES]: raise ValueError(f"Recipe.phases names {wrong[0]!r}; use some of {', '.join(PHASES)}")
 
+    def of_seed(self, seed:int) -> int: return seed if self.phases else 0 # the start is the same for every seed
+
     def shorter(self,
         steps:int, # updates
     ) -> "Recipe": # for a trial; each phase has one at least
@@ -275,7 +277,7 @@ def train_recipe(
     score:Callable[[Arm], dict[str, float | str]], # the judge; strings go into the note beside the row
 ) -> dict[str, float]: # its numbers
     "One row of a study of recipes; a broken-off one goes on from its checkpoint, a finished one is read from its note."
-    path = row_folder(recipe, seed if recipe.phases else 0, out) # the start is the same for every seed
+    path = row_folder(recipe, seed, out)
     arm, n = Arm.from_pretrained(recipe.start or DATA / "models" / "tiny"), len(recipe.phases)
     if row := begin_row(path, weights := digest(arm.model)): return row
     for k, phase in enumerate(recipe.phases):
@@ -296,7 +298,7 @@ def kept_items(
     out = {}
     for name, config in study.variants.items():
         for seed in range(seeds):
-            note = row_folder(config, seed if getattr(config, "phases", True) else 0, home) / "row.json"
+            note = row_folder(config, seed, home) / "row.json"
             if note.exists() and (items := load_json(note).get("items")): out.setdefault(name, {})[str(seed)] = items
     return out
 

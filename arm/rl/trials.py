@@ -58,6 +58,8 @@ class Trial:
         if self.steps < 0: raise ValueError(f"Trial.steps={self.steps}: at least 0, which is the start itself")
         if self.tokens not in HALVES: raise ValueError(f"Trial.tokens={self.tokens!r} is unknown; use one of {', '.join(HALVES)}")
 
+    def of_seed(self, seed:int) -> int: return seed if self.steps else 0 # the start is the same for every seed
+
     def shorter(self,
         steps:int, # updates
     ) -> "Trial": # the start stays the start
@@ -129,7 +131,7 @@ def train_trial(
     score:Callable[[Arm], dict[str, float]], # the judge
 ) -> dict[str, float]: # its numbers
     "One row of a study of trials; a broken-off one goes on from its checkpoint, a finished one is read from its note."
-    path = row_folder(trial, seed if trial.steps else 0, out) # the start is the same for every seed
+    path = row_folder(trial, seed, out)
     arm = Arm.from_pretrained(trial.start or DATA / "models" / "tiny")
     if row := begin_row(path, weights := digest(arm.model)): return row
     if trial.steps:

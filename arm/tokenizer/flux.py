@@ -104,7 +104,7 @@ class RendererConfig:
 
     @classmethod
     def tiny(cls, family:str="flux") -> "RendererConfig": # or "sana"
-        "For random painters of a few thousand parameters, behind the tiny tokenizer."
+        "For small random painters, behind the tiny tokenizer."
         return cls(family=family, feature_dim=192, width=64, token_px=8, rank=4, shift=None if family == "flux" else 3.)
 
     @classmethod
@@ -210,12 +210,13 @@ def walk(
     shift:float|None=None, # time shift, a factor; None: the renderer's own for this size
 ) -> Tensor: # (B, channels, h, w) latent
     "Euler steps from noise to a latent; guidance is embedded or classifier-free, whichever the transformer has."
+    if shift is not None and not shift > 0 or not guidance >= 0: raise ValueError(f"shift={shift!r}, guidance={guidance!r}: shift lies above 0 (None: by size), guidance at least at 0")
     twice, b = guidance != 1 and not renderer.embeds_guidance, len(x)
     cond = renderer.mapping(features, grid)
     if twice:
         null = renderer.mapping(features, grid, torch.ones(b, dtype=torch.bool, device=x.device))
         cond = tuple(None if c is None else torch.cat([n, c]) for n, c in zip(null, cond))
-    for s0, s1 in pairwise(flow_sigmas(steps, shift or renderer.shift(x.shape[-2:])).to(x.device)):
+    for s0, s1 in pairwise(flow_sigmas(steps, renderer.shift(x.shape[-2:]) if shift is None else shift).to(x.device)):
         v = renderer.velocity(torch.cat([x, x]) if twice else x, s0.expand(b * (1 + twice)), cond, grid, guidance)
         if twice: v = v[:b] + guidance * (v[b:] - v[:b])
         x = x + (s1 - s0) * v

@@ -18,8 +18,8 @@ from .vae import VAE, VAEConfig
 def digest(
     *modules:nn.Module, # whose weights count, in this order
 ) -> str: # 16 hex digits, the same before and after saving in bfloat16
-    "A short name for weights: their SHA-1."
-    weights = (p for m in modules for p in m.parameters())
+    "A short name for weights, with numbers that are saved beside them: their SHA-1."
+    weights = (p for m in modules for p in [*m.parameters(), *(b for n, b in m.named_buffers() if n in m.state_dict())])
     return hashlib.sha1(b"".join(p.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes() for p in weights)).hexdigest()[:16]
 
 def glimpse(

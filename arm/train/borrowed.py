@@ -15,17 +15,18 @@ import lightning as L, torch
 from torch import Tensor
 from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, pick_device, same_settings, save_json, save_tensors
 from ..data.pictures import fit_picture
-from ..data.shapes import CANVASES
+from ..data.shapes import CANVASES, CELL
 from ..model.tasks import Arm
 from ..tokenizer.losses import caption_loss, feature_loss
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
+from ..tokenizer.renderfiles import glimpse
 from ..tokenizer.siglip import CaptionReader, SiglipTowers
 from ..tokenizer.towers import load_reader, load_towers
 from .convert import PictureEncoder
 from .data import Pictures, ShapesPictures, mixed_pictures
 from .run import fit
 from .shards import file_sum
-from .tokenizer import LitTokenizer, fair_mean, fair_sigmoid
+from .tokenizer import Dice, LitTokenizer, fair_mean, fair_sigmoid
 
 # %% ../../nbs/47d_train.borrowed.ipynb #37c6f0ba
 class SeeingTokenizer(VisualTokenizer):
@@ -75,6 +76,11 @@ class LitBorrowed(LitTokenizer):
     def on_save_checkpoint(self, checkpoint:dict) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(("towers.", "reader."))}
 
+    def projected(self, images:Tensor, other:Tensor, n_structure:int, dice:Dice) -> tuple[Tensor, dict]:
+        "The towers look once: what they see makes the codes, and is what features are compared with."
+        with torch.no_grad(): self.seen = self.towers.features(images)
+        return self.tokenizer.down(images, self.seen), {}
+
     def semantic_losses(self,
         batch:Pictures, # pictures and captions
         up:Tensor, # (B, N, up_dim) un-projected codes
@@ -85,9 +91,8 @@ class LitBorrowed(LitTokenizer):
         if w.cap: out["cap"] = fair_mean(self, caption_loss(self.reader(tok.to_reader(up), ids), labels), (labels != -100).sum())
         features = tok.to_features(up)
         with torch.no_grad():
-            seen = self.towers.features(batch.images) if w.feat else None
             told = self.towers.text_embed(self.towers.words(batch.texts).to(self.device)) if w.sig else None
-        if w.feat: out["feat"] = feature_loss(features, seen)
+        if w.feat: out["feat"] = feature_loss(features, self.seen)
         if w.sig: out["sig"] = fair_sigmoid(self, self.towers.pool(self.pool(features)), told, self.sig_scale, self.sig_bias)
         return out
 
@@ -151,10 +156,12 @@ def train_codes(
     pick_device(device)
     if devices < 1 or batch % devices: raise ValueError(f"batch={batch} on devices={devices}: each process takes an equal share of at least one picture; make the batch a multiple")
     judges = load_towers(siglip), load_reader(reader)
-    n = side // judges[0].patch_size
-    if data != "shapes" and not 2 <= n <= 64: raise ValueError(f"side={side}: {n} patches of {judges[0].patch_size} px along a side; choose 2 to 64")
-    grids = [(2 * r, 2 * c) for r, c in CANVASES] if data == "shapes" else [(n, n), (max(1, 3 * n // 4), min(64, 4 * n // 3)), (min(64, 4 * n // 3), max(1, 3 * n // 4))]
-    stream = ShapesPictures(0.) if data == "shapes" else ShardPictures(data, grids, judges[0].patch_size)
+    p = judges[0].patch_size
+    n = side // p
+    if data == "shapes" and CELL % p: raise ValueError(f"patches of {p} px do not divide the cells of the shapes world, {CELL} px; give --data shards")
+    if data != "shapes" and not 2 <= n <= 64: raise ValueError(f"side={side}: {n} patches of {p} px along a side; choose 2 to 64")
+    grids = [(r * CELL // p, c * CELL // p) for r, c in CANVASES] if data == "shapes" else [(n, n), (max(1, 3 * n // 4), min(64, 4 * n // 3)), (min(64, 4 * n // 3), max(1, 3 * n // 4))]
+    stream = ShapesPictures(0.) if data == "shapes" else ShardPictures(data, grids, p)
     L.seed_everything(seed, verbose=False)
     tokenizer = SeeingTokenizer(borrowed_config(preset, *judges), judges[0])
     same_settings(Path(out) / "training", settings, done="../codes/tokenizer.json", begin=True)
@@ -162,7 +169,7 @@ def train_codes(
     if module.global_rank == 0:
         tokenizer.settle()
         save_tensors(done / "tokenizer.safetensors", tokenizer.state_dict())
-        save_json(done / "grids.json", dict(grids=grids))
+        save_json(done / "grids.json", dict(grids=grids, towers=glimpse(judges[0]))) # codes mean something with these towers alone
         save_json(done / "tokenizer.json", config_to_dict(tokenizer.cfg)) # last: it says that all is there
     module.trainer.strategy.barrier()
 
@@ -172,7 +179,9 @@ def load_codes(
     siglip:str|Path, # folder of the towers
 ) -> SeeingTokenizer: # in evaluation mode
     "A tokenizer with its eyes."
-    tokenizer = SeeingTokenizer(config_from_dict(TokenizerConfig, load_json(Path(folder) / "tokenizer.json")), load_towers(siglip))
+    towers, held = load_towers(siglip), load_json(Path(folder) / "grids.json").get("towers")
+    if held not in (None, glimpse(towers)): raise ValueError(f"{siglip}: not the towers that {folder} was trained with, and its codes would mean something else; give the folder of the training")
+    tokenizer = SeeingTokenizer(config_from_dict(TokenizerConfig, load_json(Path(folder) / "tokenizer.json")), towers)
     return load_weights(tokenizer, load_tensors(Path(folder) / "tokenizer.safetensors"), source=Path(folder) / "tokenizer.safetensors").eval()
 
 def load_painter(

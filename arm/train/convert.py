@@ -17,7 +17,7 @@ import numpy as np, torch
 from PIL import Image
 from tqdm import tqdm
 from ..core import load_json, save_json
-from ..data.pictures import fit_picture, open_picture
+from ..data.pictures import fit_picture, fitting_grid, open_picture
 from ..tokenizer.model import VisualTokenizer
 from .shards import KINDS, Damage, Shards, file_sum, list_shard, read_words, write_shard
 
@@ -144,6 +144,12 @@ class PictureEncoder:
     ):
         if not grids: raise ValueError("there are 0 grids to fit pictures to; pass the (h, w) that the model knows")
         self.tokenizer, self.grids, self.batch_size, self.name, self.device = tokenizer, grids, batch_size, name, device
+
+    def grid(self,
+        picture:Image.Image, # any size
+    ) -> tuple[int, int]: # (h, w) of its codes
+        "How many codes a picture will have, without making them."
+        return fitting_grid(picture.size, self.grids, self.tokenizer.cfg.patch_size)
 
     @torch.no_grad()
     def __call__(self,

@@ -116,16 +116,17 @@ def shard_rows(
     seed:int, # of order and wordings
     log:Path, # file for damaged samples
 ) -> Callable[[int, int, int], list[Batch]]: # what `fit_spread` takes
-    "Packed rows from shards; as many documents per step as nearly every row has room for."
+    "Packed rows from shards; as many documents per step as fill its rows, but for three places in a hundred."
     if rows % shares: raise ValueError(f"rows={rows} in {shares} equal shares (processes, times pieces of accumulation): take a multiple of {shares}")
     from arm.train.shards import Shards
     from arm.train.stream import ShardedTokens, stage_sources
     told = by_task(folders)
-    Shards([f for of in told.values() for f in of]) # all together: they must hold codes of one tokenizer
+    codes = Shards([f for of in told.values() for f in of]).codes # all together: they must hold codes of one tokenizer
+    if encode and (foreign := [folder for name, folder in codes.items() if name != encode.name]): raise ValueError(f"{foreign[0]} holds codes of another picture tokenizer than painter; give the painter that made them, or convert its pictures anew")
     held = {task: Shards(of, codebook_size=vocab.codebook_size) for task, of in told.items()}
     stream = ShardedTokens(stage_sources(mixture, {task: held[task] if task in held else held.get("") for task in mixture}), vocab, words, shares, seed=seed,
                            encode=encode, drop=drop, parts=rows // shares, max_tokens=row, multiple=row, log=log) # one length: what is compiled is compiled once
-    stream.batch_size = max(shares, rows * stream.that_fit(row))
+    stream.batch_size = max(shares, int(.97 * rows * row / stream.mean_tokens()))
     return stream
 
 def open_rows(
@@ -203,6 +204,7 @@ def stage_plan(
 ) -> dict: # memory per GPU in bytes, speed, days; plain numbers
     "What a run of these settings needs."
     if gpu not in GPUS: raise ValueError(f"gpu={gpu!r}: choose one of {', '.join(GPUS)}")
+    if cfg.n_kv_head % sharding.tp: raise ValueError(f"tp={sharding.tp}: it must divide the {cfg.n_kv_head} key heads")
     if rows % (sharding.groups * accumulate): raise ValueError(f"rows={rows} in {sharding.groups} groups and {accumulate} pieces: take a multiple of {sharding.groups * accumulate}")
     like = next((s for s in STAGES if s.name.lower() == stage), STAGES[-1]).row
     work = replace(like, tokens=row, doc=min(like.doc, row), rows=rows // sharding.groups // accumulate)

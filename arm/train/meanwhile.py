@@ -45,9 +45,13 @@ class Samples(Callback):
         folder:Path, # where samples-000123.png goes
         every:int, # steps
     ):
-        self.draw, self.folder, self.every = draw, Path(folder), every
+        self.draw, self.folder, self.every, self.seen = draw, Path(folder), every, 0
+
+    def on_train_start(self, trainer, module): self.seen = trainer.global_step
 
     def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.seen: return # a piece of an accumulated step, of which there is a sheet already
+        self.seen = trainer.global_step
         if trainer.global_step % self.every and trainer.global_step != trainer.max_steps or not trainer.is_global_zero: return
         modes = {m: m.training for m in module.modules()} # frozen parts stay in evaluation mode
         module.eval()

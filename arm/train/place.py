@@ -54,7 +54,8 @@ def one_voice(
     try:
         if alone: raise OSError
         claim.parent.mkdir(parents=True, exist_ok=True)
-        if claim.exists() and claim.stat().st_mtime < STARTED - 1: claim.unlink() # of an earlier job
+        with contextlib.suppress(FileNotFoundError): # or another process was faster
+            if claim.stat().st_mtime < STARTED - 1: claim.unlink() # of an earlier job
         with open(claim, "x") as f: f.write(line + "\n")
     except FileExistsError: return False
     except OSError: pass # no folder to write to: then all say it

@@ -17,7 +17,7 @@ from ..data.emojitasks import DerivedPairs, Pair, instruction, mirrors, pairs, q
 from ..data.openmoji import OpenMoji
 from ..data.shapeguises import GUISES, SHADES, in_guise, sample_guise, say_in_guise
 from ..data.shapeplans import caption_plan, edit_plan, evidence
-from ..data.shapes import CANVASES, sample_scene
+from ..data.shapes import CANVASES, CELL, sample_scene
 from ..data.shapetasks import edit, questions
 from ..data.shapetext import caption, full_caption
 from ..data.text import TextTokenizer
@@ -80,6 +80,8 @@ class ShapesPool:
         canvases:tuple[tuple[int, int], ...]=CANVASES, # (rows, columns) of cells of the scenes
     ):
         if n_scenes < len(canvases): raise ValueError(f"n_scenes={n_scenes}: at least one for each of {len(canvases)} canvases")
+        side = CELL // tokenizer.cfg.patch_size # patches along a cell
+        if CELL % tokenizer.cfg.patch_size: raise ValueError(f"patches of {tokenizer.cfg.patch_size} px do not divide the cells of the shapes world, {CELL} px; take another tokenizer, or shards")
         self.items, self.plan, self.worn = [], plan, worn
         for k, (rows, cols) in enumerate(canvases):
             drawn, rng = [], make_rng(seed, "pool", k)
@@ -91,7 +93,7 @@ class ShapesPool:
             shabby = worn_codes(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn]), make_rng(seed, "worn", k)).int() if worn else codes
             for (s, e, g), c, t, x in zip(drawn, codes, targets, shabby):
                 say = lambda words: text.encode(say_in_guise(words, g))
-                self.items.append(((2 * rows, 2 * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
+                self.items.append(((side * rows, side * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
                     [(say(q.question), say(evidence(s, q, asked)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e, brief)), x))
         self.describe = text.encode(DESCRIBE)
 

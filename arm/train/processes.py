@@ -51,8 +51,9 @@ def run_processes(
     except BaseException: # an interrupt: nobody goes on alone
         for p in procs: p.kill()
         raise
-    time.sleep(.3) # the others notice at once that a connection is gone; who died of a signal was the first
-    dead = min((p for p in procs if p.exitcode), key=lambda p: p.exitcode > 0)
+    early = [p for p in procs if p.exitcode]
+    time.sleep(.3) # the others notice at once that a connection is gone; who died of a signal was the first, or else who was seen dead before them
+    dead = min((p for p in procs if p.exitcode), key=lambda p: (p.exitcode > 0, p not in early))
     rank, code = procs.index(dead), dead.exitcode
     for how, wait in (("terminate", 5), ("kill", None)):
         for p in procs: getattr(p, how)()

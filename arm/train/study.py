@@ -159,7 +159,8 @@ def row_folder(
     seed:int, # which row
     out:Path, # folder of the study
 ) -> Path: # where the row keeps its things
-    "A folder that no other configuration or seed has."
+    "A folder that no other configuration or seed has; a configuration whose row is the same for every seed says so (`of_seed`)."
+    seed = getattr(variant, "of_seed", int)(seed)
     return Path(out) / f"{stable_hash(repr(config_to_dict(variant))):016x}-seed{seed}"
 
 def begin_row(

@@ -297,7 +297,8 @@ class LitTokenizer(ProjectionLosses):
         "One step of either stage; its randomness comes from the seed and the step."
         tok, dice = self.tokenizer, Dice(self.seed * 1_000_003 + self.global_step, *processes(self))
         images, semantic = batch.images, self.stage == "joint" and self.global_step % self.semantic_every == 0
-        other = recolour_pixels(images.cpu(), dice).to(images.device)
+        asked_for = self.recolour > 0 or self.stage == "joint" and tok.cfg.stages and self.n_structure and not tok.cfg.factored
+        other = recolour_pixels((images if asked_for else images[..., :1, :1]).cpu(), dice).to(images.device) # the same random numbers either way
         if not semantic and dice.chance() < self.recolour: images, other = other, images
         if self.stage == "decoder": codes, asked = frozen_codes(tok, images, self.towers), {}
         else:
