@@ -7,6 +7,7 @@ __all__ = ['fill', 'best_rows', 'even_rows', 'row_batch', 'Buckets', 'runs', 'bu
            'flex', 'block_attention', 'packed_forward', 'within_documents']
 
 # %% ../../nbs/31b_model.packing.ipynb #6f85978b
+import heapq
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -63,11 +64,11 @@ def even_rows(
 ) -> list[list[int]]: # document numbers of each row, in order; rows are empty if there are fewer documents
     "Deal documents out, longest first, each to the emptiest row."
     if n < 1: raise ValueError(f"{n} rows: there must be at least 1; give a positive number")
-    rows, held = [[] for _ in range(n)], [0] * n
+    rows, held = [[] for _ in range(n)], [(0, k) for k in range(n)] # a heap: the emptiest row first
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        k = held.index(min(held))
+        full, k = held[0]
         rows[k].append(i)
-        held[k] += lengths[i]
+        heapq.heapreplace(held, (full + lengths[i], k))
     return [sorted(r) for r in rows]
 
 def row_batch(

@@ -326,4 +326,7 @@ class ShardedTokens(Documents):
         block, at = divmod(step, BLOCK)
         rows = self.packed.once((block, rank, world), lambda: self.rows(block, rank, world))[at * self.parts:(at + 1) * self.parts]
         samples = iter(self.documents([i for row in rows for i in row]))
-        return [row_batch(self.vocab, [next(samples) for _ in row], self.multiple) for row in rows]
+        full = [[next(samples) for _ in row] for row in rows]
+        for row in full:
+            while sum(len(s.input_ids) for s in row) > self.max_tokens: row.pop(); self.skips.note("no room", f"step {step}, rank {rank} of {world}") # damaged since it was measured, and a longer one stands in
+        return [row_batch(self.vocab, row, self.multiple) for row in full]
