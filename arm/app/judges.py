@@ -116,6 +116,7 @@ def _guarded(plug: Callable, where: str) -> Callable:
         except ODD as e: raise ValueError(f"--judge {where} fails when it is asked ({type(e).__name__}: {e}); mend it, or return None where there is no verdict") from e
     return ask
 
+# %% ../../nbs/91i_app.judges.ipynb #443db52c
 def referee(
     name: str,  # of a benchmark
     where: str, # an address, or module:name

@@ -56,7 +56,7 @@ done
 def slurm_file(
     stage:str, # "pt", "ct", "sft" or "rl"
 ) -> str: # a script
-    "For SLURM: one process per GPU; a job that fails is queued again, at most RESTARTS times, and goes on from its checkpoint. A refusal (2) and `scancel` end it."
+    "For SLURM: one process per GPU; a job that fails is queued again, at most RESTARTS times, and goes on from its checkpoint. A refusal (2), `scancel` and the time limit end it."
     return f'''#!/bin/bash
 # {TITLES[stage]}. From the top of the repository: mkdir -p runs && sbatch data/launch/{stage}.sbatch
 #SBATCH --job-name=arm-{stage}
@@ -75,7 +75,7 @@ again() {{ # SLURM itself queues a job again only after a machine has failed or 
   if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt "${{RESTARTS:-3}}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 }}
 trap again EXIT
-trap 'exit 0' TERM # scancel
+trap 'exit 0' TERM # scancel, or the end of the job's time: submitted again, it goes on from its checkpoint
 {command(stage, "srun --kill-on-bad-exit=1 python")}'''
 
 def fewer(

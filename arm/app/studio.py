@@ -124,7 +124,7 @@ def draw(arm: Arm, # any model
             i = draft.codes.shape[1]
             if i < N and time.monotonic() - seen < pace: continue
             note = f"writing what will be drawn: {max(len(p.plan or ()) for p in draft.prompts)} tokens" if not i else f"{i} of {N} tokens" if i < N else f"done: {N} tokens, {N*arm.model.cfg.n_bits//8} bytes"
-            yield View(unfinished(arm, draft.codes, grid, blank), token_map(arm, draft.codes, grid, codes), [arm.words(p.plan or []) for p in draft.prompts], note, draft)
+            yield View(unfinished(arm, draft.codes, grid, blank), token_map(arm, draft.codes, grid, codes), [arm.text.words(p.plan or []) for p in draft.prompts], note, draft)
             seen = time.monotonic()
 
 # %% ../../nbs/91k_app.studio.ipynb #4bb6f38f

@@ -124,6 +124,7 @@ def begun_from(
     start = Path(start)
     return start.resolve().parent.name if start.name == "model" else start.name
 
+# %% ../../nbs/91a_app.study.ipynb #d2580e31
 def run_study(
     name: str,                              # which study
     out: str | Path = "runs/studies",       # folder for checkpoints and rows on the way

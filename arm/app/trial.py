@@ -51,6 +51,7 @@ def local_device(
     if (n := torch.cuda.device_count()) and local.isdigit(): local = str(int(local) % n) # a scheduler may show each process its own alone
     return f"cuda:{local}" if place().world > 1 and local.isdigit() and (name == "cuda" or name == "auto" and torch.cuda.is_available()) else name
 
+# %% ../../nbs/91j_app.trial.ipynb #8baecc5d
 def before(
     t: Trial, # what was asked for
     say: Callable[[str], None] = lambda text: None, # told what holds

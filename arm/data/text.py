@@ -57,6 +57,12 @@ class TextTokenizer:
             raise ValueError(f"ids from {min(ids)} to {max(ids)}: text ids lie in [0, {self.vocab_size}); cut special and visual ids away first")
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
+    def words(self,
+        ids:list[int], # text ids as a model drew them; its trunk may have rows to spare
+    ) -> str: # what they say
+        "Ids to text; a spare row has no word."
+        return self.decode([i for i in ids if i < self.vocab_size])
+
     def save(self,
         path:str|Path, # file to write; replaced in one step
     ) -> None:

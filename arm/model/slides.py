@@ -249,4 +249,4 @@ def examine(
     likely, open_ = heat_image(maps.logp.exp(), high=1., cell=cell), heat_over(picture, wide, high=top, cell=cell)
     big = picture.resize(open_.size, Image.Resampling.NEAREST)
     shown = [("picture", big), ("probability of each code, dark for 1", likely), (f"entropy of each patch, darkest: {top:.1f} bits", open_)]
-    return Peek(microscope_html(s, arm.words, m, pictures=shown, note=note), note, picture, likely, open_, maps)
+    return Peek(microscope_html(s, arm.text.words, m, pictures=shown, note=note), note, picture, likely, open_, maps)

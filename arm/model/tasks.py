@@ -87,9 +87,7 @@ class ArmBase:
 # %% ../../nbs/34_model.tasks.ipynb #a62fa8d9
 class ArmFolder(ArmBase):
     "A model folder, written and read."
-    def to(self,
-        device:torch.device|str, # where to compute
-    ) -> "Arm": # itself
+    def to(self, device:torch.device|str) -> "Arm": # where to compute; itself
         "Move the weights."
         self.tokenizer.to(device); self.model.to(device)
         return self
@@ -105,11 +103,8 @@ class ArmFolder(ArmBase):
         config = load_json(path / "config.json")
         if config.get("format") != FORMAT or not all(isinstance(config.get(k), dict) for k in ("tokenizer", "arm", "card")):
             raise ValueError(f"{path / 'config.json'}: not the configuration of an arm model (format {config.get('format')!r}, expected {FORMAT}); give a folder written by save_pretrained")
-        tokenizer = VisualTokenizer(config_from_dict(TokenizerConfig, config["tokenizer"]))
-        model = ARM(config_from_dict(ARMConfig, config["arm"]))
-        for name, part in (("tokenizer", tokenizer), ("arm", model)):
-            file = cls.file(path, f"{name}.safetensors")
-            load_weights(part, load_tensors(file), source=file)
+        tokenizer, model = VisualTokenizer(config_from_dict(TokenizerConfig, config["tokenizer"])), ARM(config_from_dict(ARMConfig, config["arm"]))
+        for name, part in (("tokenizer", tokenizer), ("arm", model)): load_weights(part, load_tensors(file := cls.file(path, f"{name}.safetensors")), source=file)
         if (told := config.get("codes")) and told != digest(tokenizer.down): raise ValueError(f"{path}: its transformer speaks the codes of another tokenizer than that of {config.get('base') or 'this folder'}; put its own tokenizer.safetensors beside it")
         arm = cls(tokenizer, model, TextTokenizer.from_file(cls.file(path, "text.json")), config["card"]).to(device)
         by_columns(arm.model)
@@ -152,12 +147,6 @@ class ArmWords(ArmFolder):
         if len(ids) > most: raise ValueError(f"a prompt of {len(ids)} tokens ({len(prompt)} characters); this model reads at most {most}: shorten it")
         return ids
 
-    def words(self,
-        ids:list[int], # text ids, as drawn
-    ) -> str: # what they say
-        "Ids to words; a row to spare, which a trunk may have, has no word."
-        return self.text.decode([i for i in ids if i < self.text.vocab_size])
-
     def planned(self,
         items:list[ImagePrompt], # requests
         plan:bool|list[str]|None, # see `imagine_codes`
@@ -186,7 +175,7 @@ class ArmWords(ArmFolder):
             for turn in (lambda i: [], lambda i: asked[i]): # what is there, and what of it the answer rests on
                 for i, words in zip(seen, write([qa_prompt(v, *codes[i], turn(i), before[i]) for i in seen], 64)): before[i] = (*before[i], (turn(i), words))
             for i in seen: asked[i] = [] # the question is among the turns now
-        return [self.words(ids) for ids in write([qa_prompt(v, c, g, q, b) for (c, g), q, b in zip(codes, asked, before, strict=True)], max_new)]
+        return [self.text.words(ids) for ids in write([qa_prompt(v, c, g, q, b) for (c, g), q, b in zip(codes, asked, before, strict=True)], max_new)]
 
 # %% ../../nbs/34_model.tasks.ipynb #eb3d28f2
 class ArmCodes(ArmWords):

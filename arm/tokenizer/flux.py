@@ -213,9 +213,7 @@ def walk(
     if shift is not None and not shift > 0 or not guidance >= 0: raise ValueError(f"shift={shift!r}, guidance={guidance!r}: shift lies above 0 (None: by size), guidance at least at 0")
     twice, b = guidance != 1 and not renderer.embeds_guidance, len(x)
     cond = renderer.mapping(features, grid)
-    if twice:
-        null = renderer.mapping(features, grid, torch.ones(b, dtype=torch.bool, device=x.device))
-        cond = tuple(None if c is None else torch.cat([n, c]) for n, c in zip(null, cond))
+    if twice: cond = tuple(None if c is None else torch.cat([n, c]) for n, c in zip(renderer.mapping(features, grid, torch.ones(b, dtype=torch.bool, device=x.device)), cond))
     for s0, s1 in pairwise(flow_sigmas(steps, renderer.shift(x.shape[-2:]) if shift is None else shift).to(x.device)):
         v = renderer.velocity(torch.cat([x, x]) if twice else x, s0.expand(b * (1 + twice)), cond, grid, guidance)
         if twice: v = v[:b] + guidance * (v[b:] - v[:b])

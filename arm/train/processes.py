@@ -19,12 +19,13 @@ def _free_port() -> int:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-def _as_process(target:Callable, rank:int, n:int, port:int, log:str, args:tuple):
+def _as_process(target:Callable, rank:int, n:int, port:int, log:str, failed, args:tuple):
     "What a child does: its place in the environment, its words in a file, then the work."
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stdout = sys.stderr = words = open(log, "w", buffering=1)
     for stream in (1, 2): os.dup2(words.fileno(), stream)
-    target(*args)
+    try: target(*args)
+    except BaseException: failed[rank] = time.monotonic(); raise # one clock for all
     if dist.is_initialized(): dist.destroy_process_group()
 
 def _last_words(log:Path) -> str: return next((line.strip() for line in reversed(log.read_text().splitlines()) if line.strip()), "no word")
@@ -41,8 +42,9 @@ def run_processes(
     out, ctx, port = Path(out), multiprocessing.get_context(method), _free_port()
     out.mkdir(parents=True, exist_ok=True)
     if method == "fork" and dist.is_initialized(): dist.destroy_process_group() # children would inherit the group of an earlier training
+    failed = ctx.Array("d", [float("inf")] * n, lock=False) # when each one raised
     logs = [out / f"process-{r}.log" for r in range(n)]
-    procs = [ctx.Process(target=_as_process, args=(target, r, n, port, str(logs[r]), args)) for r in range(n)]
+    procs = [ctx.Process(target=_as_process, args=(target, r, n, port, str(logs[r]), failed, args)) for r in range(n)]
     for p in procs: p.start()
     try:
         while all(p.exitcode in (None, 0) for p in procs):
@@ -51,10 +53,9 @@ def run_processes(
     except BaseException: # an interrupt: nobody goes on alone
         for p in procs: p.kill()
         raise
-    early = [p for p in procs if p.exitcode]
-    time.sleep(.3) # the others notice at once that a connection is gone; who died of a signal was the first, or else who was seen dead before them
-    dead = min((p for p in procs if p.exitcode), key=lambda p: (p.exitcode > 0, p not in early))
-    rank, code = procs.index(dead), dead.exitcode
+    time.sleep(.3) # the others notice at once that a connection is gone; who died of a signal was the first, or else who raised before them
+    rank = min((r for r, p in enumerate(procs) if p.exitcode), key=lambda r: (procs[r].exitcode > 0, failed[r]))
+    code = procs[rank].exitcode
     for how, wait in (("terminate", 5), ("kill", None)):
         for p in procs: getattr(p, how)()
         for p in procs: p.join(wait)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXTURES', 'READS', 'BLOCK', 'Recent', 'Order', 'Skips', 'read_skips', 'Turns', 'Source', 'stage_sources',
-           'interleaved_sample', 'document', 'Documents', 'block_rows', 'ShardedTokens']
+           'interleaved_sample', 'document', 'Documents', 'ShardedTokens']
 
 # %% ../../nbs/47c_train.stream.ipynb #0b000262
 import json
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, int64, zeros
 from ..core import make_rng
 from ..data.text import TextTokenizer
-from ..model.packing import even_rows, row_batch
+from ..model.packing import block_rows, row_batch
 from ..model.sequence import IGNORE, Batch, ImagePrompt, Sample, Vocab, image_ids, image_sample, qa_sample, split_batch, text_ids, text_sample
 from ..model.tasks import DESCRIBE
 from .shards import Damage, Item, Shards
@@ -258,25 +258,6 @@ class Documents:
 # %% ../../nbs/47c_train.stream.ipynb #d25eb9a3
 BLOCK = 64 # steps that are packed together
 
-def block_rows(
-    lengths:list[int], # of documents, each at most max_tokens
-    n:int, # rows
-    max_tokens:int, # room of a row
-) -> tuple[list[list[int]], list[int]]: # document numbers of each row; those that found no room
-    "Even rows; what a row cannot hold goes where there is room, longest first."
-    rows, moved, left = even_rows(lengths, n), [], []
-    room = [max_tokens - sum(lengths[i] for i in row) for row in rows]
-    for k, row in enumerate(rows):
-        while room[k] < 0:
-            out = min((i for i in row if lengths[i] >= -room[k]), key=lambda i: lengths[i], default=None)
-            out = max(row, key=lambda i: lengths[i]) if out is None else out
-            row.remove(out); moved.append(out); room[k] += lengths[out]
-    for i in sorted(moved, key=lambda i: (-lengths[i], i)):
-        k = min((k for k in range(n) if room[k] >= lengths[i]), key=lambda k: room[k], default=None)
-        if k is None: left.append(i)
-        else: rows[k].append(i); room[k] -= lengths[i]
-    return rows, left
-
 class ShardedTokens(Documents):
     "Batches by step, from shards: what `StepData` takes."
     def __init__(self,
@@ -326,4 +307,7 @@ class ShardedTokens(Documents):
         block, at = divmod(step, BLOCK)
         rows = self.packed.once((block, rank, world), lambda: self.rows(block, rank, world))[at * self.parts:(at + 1) * self.parts]
         samples = iter(self.documents([i for row in rows for i in row]))
-        return [row_batch(self.vocab, [next(samples) for _ in row], self.multiple) for row in rows]
+        full = [[next(samples) for _ in row] for row in rows]
+        for row in full:
+            while sum(len(s.input_ids) for s in row) > self.max_tokens: row.pop(); self.skips.note("no room", f"step {step}, rank {rank} of {world}") # damaged since it was measured, and a longer one stands in
+        return [row_batch(self.vocab, row, self.multiple) for row in full]

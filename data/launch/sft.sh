@@ -1,6 +1,6 @@
 #!/bin/bash
 # Supervised fine-tuning. On each machine, from the top of the repository: HEAD=first-machine data/launch/sft.sh
-# Fewer machines: NODES=4 GPUS=8 HEAD=first-machine data/launch/sft.sh --gpus 32 ...
+# Fewer machines: NODES=5 GPUS=8 HEAD=first-machine data/launch/sft.sh --gpus 40 --accumulate 2
 set -euo pipefail
 : "${HEAD:?name the first machine, such as HEAD=node01}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" TQDM_DISABLE=1
