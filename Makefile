@@ -53,10 +53,9 @@ docs: $(INSTALLED) ## all pages as a static site with search: runs/book/index.ht
 readme: $(INSTALLED) ## render README.md from nbs/index.ipynb as it is stored
 	@$(BIN)/python tests/tools/readme.py
 
-train: $(INSTALLED) ## train the shipped weights from scratch, first stage, fine-tuning, reinforcement
+train: $(INSTALLED) ## train the shipped weights from scratch: the long training, then reinforcement
 	$(BIN)/arm train all --out runs/tiny
-	$(BIN)/arm train sft --out runs/sft --model runs/tiny/model --worlds shapes,openmoji --steps 500 --questions 6 --worn .3 --hold .7
-	$(BIN)/arm train grpo --out runs/rl --model runs/sft/model --worlds shapes,openmoji --steps 260 --words
+	$(BIN)/arm train grpo --out runs/rl --model runs/tiny/model --worlds shapes,openmoji --steps 260 --words
 
 quick: $(INSTALLED) ## train the whole chain on shapes alone, a much shorter run
 	$(BIN)/arm train all --quick --out runs/quick

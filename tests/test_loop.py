@@ -128,9 +128,9 @@ def test_the_weights_after_reinforcement_share_the_tokenizer_of_the_start():
     assert all(torch.equal(v, after.tokenizer.state_dict()[k]) for k, v in start.tokenizer.state_dict().items())
     assert any(not torch.equal(v, after.model.state_dict()[k]) for k, v in start.model.state_dict().items())
     phase = after.card["rl"][-1]
-    assert (phase["start"], phase["phase"], phase["worlds"], phase["run"]["seed"]) == ("sft", "joint", ["shapes", "openmoji"], 0) and after.card["plan"]
-    assert phase == told("joint", ("shapes", "openmoji"), PhaseConfig(steps=260, words=True, replay=32), "sft", phase["weights"])  # what became an option later is not in the way of older runs
-    assert after.card["sft"][-1]["start"] == "tiny" and all(c in (ROOT/"Makefile").read_text() for c in after.card["command"].split(", then "))  # `make train` is what made it
+    assert (phase["start"], phase["phase"], phase["worlds"], phase["run"]["seed"]) == ("tiny", "joint", ["shapes", "openmoji"], 0) and after.card["plan"]
+    assert phase == told("joint", ("shapes", "openmoji"), PhaseConfig(steps=260, words=True, replay=32), "tiny", phase["weights"])  # what became an option later is not in the way of older runs
+    assert all(c in (ROOT/"Makefile").read_text() for c in after.card["command"].split(", then "))  # `make train` is what made it
     assert sum(f.stat().st_size for f in models.rglob("*") if f.is_file()) < 30e6
     one, two = (load_json(models/name/"scores.json") for name in ("tiny", "tiny-rl"))
     assert one.keys() == two.keys() and all(one[k]["n"] == two[k]["n"] for k in one)

@@ -181,7 +181,7 @@ def test_phases_of_a_recipe_stand_in_their_order(tmp_path):
 
 def test_shipped_models_are_compared(tmp_path):
     page = checked(write_run_report([ROOT/"data"/"models"/"tiny", ROOT/"data"/"models"/"tiny-rl"], tmp_path/"r.html").read_text())
-    assert "arm train grpo --out runs/rl --model runs/sft/model" in page.text and "better" in page.text and "shapes/qa" in page.text
+    assert "arm train grpo --out runs/rl --model runs/tiny/model" in page.text and "better" in page.text and "shapes/qa" in page.text
 
 
 def test_links_that_turn_in_a_circle_are_not_followed(whole):

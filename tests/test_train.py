@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from arm.core import load_tensors, save_tensors, seeded
-from arm.data.openmoji import DATA
+from arm.data.openmoji import DATA, load_openmoji
 from arm.data.text import default_tokenizer
+from arm.model.tasks import Arm
 from arm.model.transformer import ARM, ARMConfig
 from arm.tokenizer.decoder import DecoderConfig
 from arm.tokenizer.model import TokenizerConfig, VisualTokenizer
 from arm.tokenizer.siglip import CaptionReader, ReaderConfig, SiglipTowers, TowersConfig
 from arm.train import renderers, run, sft
 from arm.train.arm import LitARM
-from arm.train.data import ShapesPictures, StepData, mixed_pictures
+from arm.train.data import ShapesPictures, StepData, mixed_pictures, subset
 from arm.train.pool import ShapesPool, mixed_tokens
 from arm.train.processes import run_processes
-from arm.train.run import fit, read_log, train_teacher
+from arm.train.run import RunConfig, fit, read_log, train_teacher
 from arm.train.tokenizer import LitTeacher, LitTokenizer
 from tools.repo import ROOT
 
@@ -175,6 +176,24 @@ def test_each_process_trains_on_its_own_share():
     data.trainer = SimpleNamespace(global_rank=1, world_size=2, global_step=0)
     mine = next(iter(data.train_dataloader()))
     assert torch.equal(mine.images, whole.images[1::2]) and list(mine.texts) == whole.texts[1::2]
+
+
+def test_the_long_run_trains_both_worlds_as_its_preset_says(tmp_path, monkeypatch):
+    few = subset(load_openmoji(), ("1F3CA", "1F6B4", "1F938", "1F939", "1F93E"))
+    drawn = []
+    def watched(worlds, *args):
+        for pool in worlds:
+            if not hasattr(pool, "watched"): pool.watched, pool.sample = True, lambda *a, pool=pool, sample=pool.sample: (drawn.append(type(pool).__name__), sample(*a))[1]
+        return mixed_tokens(worlds, *args)
+    monkeypatch.setattr(run, "load_openmoji", lambda: few)
+    monkeypatch.setattr(run, "mixed_tokens", watched)
+    run.train_all(tmp_path/"run", steps=1, batch=6, scenes=16)
+    said = RunConfig.shipped()
+    pools = drawn[:6]
+    assert pools.count("EmojiPool") == said.emoji * pools.count("ShapesPool") > 0
+    arm = Arm.from_pretrained(tmp_path/"run"/"model")
+    assert (tuple(arm.tokenizer.cfg.stages), arm.model.cfg.ffn_dim, arm.model.cfg.n_bits) == (said.stages, said.ffn_dim, sum(said.stages))
+    assert {k: arm.card["run"][k] for k in ("worn", "mirror", "disguised", "shades", "emoji")} == {k: getattr(said, k) for k in ("worn", "mirror", "disguised", "shades", "emoji")}
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def build_parser() -> Parser: # of the whole command
     command("train", None, "train a stage, or all of them", ["all", "all --quick", "arm --steps 100 --out runs/try", "all --config run.yaml", "sft --out runs/sft", "grpo --model runs/sft/model --out runs/rl --phase joint"])
     p = command("demo", _demo, "reconstruct, answer, generate and edit held-out pictures, and write a report", ["", "--out runs/mine --model runs/tiny/model --seed 1"], "seed", "model")
     p.add_argument("--out", default="runs/demo", metavar="DIR", help="folder for report.html and contact_sheet.png (default runs/demo)")
-    p.add_argument("--before", metavar="DIR", help="model to be shown beside it (default: for the shipped model, that of the first training, before fine-tuning and reinforcement; else none)")
+    p.add_argument("--before", metavar="DIR", help="model to be shown beside it (default: for the shipped model, that of the first training, before reinforcement; else none)")
     for add in COMMANDS: add(command)
     return top
 

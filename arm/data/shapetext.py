@@ -133,7 +133,7 @@ def caption(
         wants = _wants(objs, *{"single_object": ("shape", *size), "two_objects": ("shape", *size), "counting": rng.choice(counted) if counted else (),
                                "colors": ("shape", "color", *size), "color_binding": ("shape", "color", *size)}[category])
         text = _join([_phrase(w, rng) for w in wants])
-    return Caption(_open(text, rng, plural), category, {"objects": wants, "relation": relation})
+    return Caption(_open(text, rng, plural and relation is None), category, {"objects": wants, "relation": relation})
 
 # %% ../../nbs/10a_data.shapetext.ipynb #ab49155d
 def sample_caption(

@@ -46,9 +46,9 @@ def worn_alike(
     own: Callable[[list[Tensor]], list[Tensor]], # painted again by the model that will see them; of the same sizes
     rng: Random,          # of all the rest
 ) -> tuple[list[Tensor], list[str]]: # the worn pictures, and what happened to each: "own", or one of `WEAR`
-    "Each picture worn in one of four ways, which take turns."
+    "Each picture worn in one of four ways, which take turns, each round one later."
     kinds = ("own", *WEAR)
-    named = [kinds[i % len(kinds)] for i in range(len(images))]
+    named = [kinds[(i + i // len(kinds)) % len(kinds)] for i in range(len(images))] # every fourth picture is not always worn alike: items come in turns, too
     mine = [i for i, kind in enumerate(named) if kind == "own"]
     again = dict(zip(mine, own([images[i] for i in mine]), strict=True))
     return [again[i] if i in again else wear(x[None], kind, rng)[0] for i, (x, kind) in enumerate(zip(images, named))], named

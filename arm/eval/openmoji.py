@@ -63,7 +63,7 @@ def emoji_items(
         named[om.rows[i].annotation.lower()].add(int(om.unique[i]))
         names[int(om.unique[i])].add(om.rows[i].annotation)
     rows = {side: _pick(rng, om.ids(side, distinct=True), n) for side in SIDES}
-    asked = {side: [(i, q) for i in ids for q in questions(om, i)] for side, ids in rows.items()}
+    asked = {side: [(i, q) for i in om.ids(side, distinct=True) for q in questions(om, i)] for side in SIDES} # of all pictures: only few have a country, a time or a key
     asked = {side: [a for kind in QUESTION_KINDS for a in _pick(rng, [a for a in found if a[1].kind == kind], -(-n // 4))] for side, found in asked.items()}
     parts = {side: _edits(om, side, n, rng) for side in ("combo", "pair")}
     edits, words, targets = ({side: part[k] for side, part in parts.items()} for k in range(3))
@@ -78,12 +78,15 @@ def judge(
     found: Tensor,          # (B, 5) their nearest pictures, from `nearest`
     right: list[set[int]],  # per drawing the distinct rows that are right
     *labels: list[str],     # per drawing a label, as in `by`
-) -> dict[str, dict]:       # path -> score: strict (with labels), top5, concept, tone
-    "Score drawings by four judges."
-    out = by(f"{key}/strict/{mode}", hits(found, right), *labels) | {f"{key}/top5/{mode}": share(hits(found, right, 5))}
-    out[f"{key}/concept/{mode}"] = share([om.rows[i].concept in {om.rows[j].concept for j in r} for i, r in zip(found[:, 0].tolist(), right)])
-    toned = [(x, tone) for x, r in zip(images, right) if (tone := om.rows[min(r)].tone)]
-    return out | ({f"{key}/tone/{mode}": share([read_tone(x) == t for x, t in toned])} if toned else {})
+    alike: list|None = None, # per drawing a name, see `share`
+) -> dict[str, dict]:       # path -> score: strict (with labels), top5, concept, tone, tone_nearest
+    "Score drawings by five judges."
+    out = by(f"{key}/strict/{mode}", hits(found, right), *labels, alike=alike) | {f"{key}/top5/{mode}": share(hits(found, right, 5), alike)}
+    out[f"{key}/concept/{mode}"] = share([om.rows[i].concept in {om.rows[j].concept for j in r} for i, r in zip(found[:, 0].tolist(), right)], alike)
+    toned = [(read_tone(x) == tone, om.rows[i].tone == tone, like) for x, i, r, like in zip(images, found[:, 0].tolist(), right, alike or range(len(right))) if (tone := om.rows[min(r)].tone)]
+    if not toned: return out
+    seen, near, like = zip(*toned)
+    return out | {f"{key}/tone/{mode}": share(seen, like), f"{key}/tone_nearest/{mode}": share(near, like)}
 
 # %% ../../nbs/53_eval.openmoji.ipynb #dc7d4d20
 TASK = {"train": "t2i", "combo": "t2i_unseen", "concept": "t2i_concept"} # side -> name of the drawing task
@@ -94,7 +97,7 @@ def _draw(arm, items, g, side, seed, say):
     grid = (g.side // arm.patch,) * 2
     captions = [om.rows[i].annotation for i in ids]
     right = [items.named[c.lower()] for c in captions]
-    labels = [[om.rows[i].tone_name for i in ids]] if side == "combo" else []
+    labels = [[om.rows[i].tone_name if om.rows[i].tone else "none" for i in ids]]
     for mode, temperature in MODES.items():
         say(f"openmoji/{TASK[side]} {mode}: {len(ids)} captions")
         images = pictures(arm, arm.imagine_codes(captions, [grid] * len(ids), temperature=temperature, seed=seed))
@@ -111,17 +114,17 @@ def _change(arm, items, g, codes, seed, say):
     "Edits; kinds of tone edits are also scored together, and so are the closed families."
     om, lines, out = items.om, gallery(items.om, lines=True), {}
     for side, edits in items.edits.items():
-        right, kinds = items.targets[side], [p.kind for p in edits]
+        right, kinds, alike = items.targets[side], [p.kind for p in edits], [min(r) for r in items.targets[side]] # edits to one picture are not independent
         for mode, temperature in MODES.items():
             say(f"openmoji/edit {side} {mode}: {len(edits)} edits")
             made = pictures(arm, arm.edit_codes([codes[p.src] for p in edits], items.words[side], temperature=temperature, seed=seed))
             found, path = _found(torch.stack(made), kinds, g, lines), f"openmoji/edit/strict/{mode}"
-            if side == "combo": out |= judge("openmoji/edit", mode, om, made, found, right)
+            if side == "combo": out |= judge("openmoji/edit", mode, om, made, found, right, alike=alike)
             ok = hits(found, right)
-            out |= by(f"{path}/{side}/all", ok, kinds)
+            out |= by(f"{path}/{side}/all", ok, kinds, alike=alike)
             together, members = ("tone", ("tone_base", "tone_tone")) if side == "combo" else ("all", FAMILIES)
-            out[f"{path}/{side}/{together}"] = share([v for v, kind in zip(ok, kinds) if kind in members])
-        if side == "combo": out["openmoji/edit/copy"] = share(hits(_found(om.images[[p.src for p in edits]], kinds, g, lines), right))
+            out[f"{path}/{side}/{together}"] = share(*map(list, zip(*[(v, like) for v, like, kind in zip(ok, alike, kinds) if kind in members])))
+        if side == "combo": out["openmoji/edit/copy"] = share(hits(_found(torch.stack(pictures(arm, [codes[p.src] for p in edits])), kinds, g, lines), right), alike)
     return {k.replace("/all/", "/"): s for k, s in out.items()}
 
 def _locality(arm, items, codes):
@@ -171,7 +174,7 @@ def _worn(arm, items, g, say):
     ok = hits(_found(torch.stack(made), [p.kind for p in edits], g, gallery(om, lines=True)), items.targets["combo"])
     say(f"openmoji/qa_worn: {len(asked)} questions")
     right = exact(arm.answers([codes[i] for i, _ in asked], [q.question for _, q in asked]), [{q.answer} for _, q in asked])
-    return by("openmoji/edit_worn/strict/greedy", ok, [kinds[p.src] for p in edits]) | by("openmoji/qa_worn/exact", right, [kinds[i] for i, _ in asked])
+    return by("openmoji/edit_worn/strict/greedy", ok, [kinds[p.src] for p in edits], alike=[min(r) for r in items.targets["combo"]]) | by("openmoji/qa_worn/exact", right, [kinds[i] for i, _ in asked])
 
 # %% ../../nbs/53_eval.openmoji.ipynb #ceffd702
 def emoji_scores(
@@ -183,7 +186,7 @@ def emoji_scores(
 ) -> dict[str, dict]:  # path -> score
     "All scores of a model on OpenMoji."
     g, out = gallery(items.om), {}
-    rows = sorted({i for ids in items.rows.values() for i in ids} | {k for part in items.edits.values() for p in part for k in (p.src, p.dst)})
+    rows = sorted({i for ids in items.rows.values() for i in ids} | {i for found in items.asked.values() for i, _ in found} | {k for part in items.edits.values() for p in part for k in (p.src, p.dst)})
     codes = dict(zip(rows, arm.encode(list(items.om.images[rows]))))
     for side in SIDES: out |= _draw(arm, items, g, side, seed, say)
     out |= _change(arm, items, g, codes, seed, say) | _locality(arm, items, codes)

@@ -20,7 +20,7 @@ from ..tokenizer.model import locality
 Z = 1.959964 # standard deviations that hold 95 % of a normal distribution
 
 def wilson(
-    k: int, # right items
+    k: float, # right items
     n: int, # all items, at least 1
 ) -> tuple[float, float]: # lower and upper end, in [0, 1]
     "The 95 % interval of a share (Wilson, 1927)."
@@ -42,10 +42,17 @@ def score(
 
 def share(
     right: list[bool], # one verdict per item
+    alike: list|None = None, # one name per item: items of the same name stand or fall together, such as edits to the same picture; None: each for itself
 ) -> dict[str, float]: # a score
-    "The share of right items."
+    "The share of right items; Wilson's interval, on as many items as the named groups are worth (design effect: Kish, 1965)."
     k, n = sum(map(bool, right)), len(right)
-    return score(k / max(n, 1), *wilson(k, n), n)
+    if alike is None or not n: return score(k / max(n, 1), *wilson(k, n), n)
+    groups = defaultdict(list)
+    for name, ok in zip(alike, right, strict=True): groups[name].append(bool(ok))
+    p = k / n
+    spread = sum((sum(g) - p * len(g))**2 for g in groups.values()) # of the sums of the groups
+    worth = min(n, max(1, round(p * (1 - p) * n * n / spread))) if spread else min(n, len(groups)) # independent items of the same information
+    return score(p, *wilson(p * worth, worth), n)
 
 def mean(
     values: list[float], # one number per item
@@ -61,12 +68,14 @@ def by(
     key: str,               # path of the score, for example "shapes/qa/exact"
     right: list[bool],      # one verdict per item
     *labels: list[str],     # one label per item, as many lists as there are ways to sort the items
+    alike: list|None = None, # one name per item, see `share`
 ) -> dict[str, dict]:       # path -> score: all items first, then each label
     "The share of right items, over all and by label."
-    groups = defaultdict(list)
+    groups, told = defaultdict(list), alike or range(len(right))
     for names in labels:
-        for name, ok in zip(names, right, strict=True): groups[name].append(ok)
-    return {key: share(right)} | {f"{key}/{name}": share(groups[name]) for name in sorted(groups)}
+        for name, ok, like in zip(names, right, told, strict=True): groups[name].append((ok, like))
+    part = lambda found: share([ok for ok, _ in found], [like for _, like in found] if alike else None)
+    return {key: share(right, alike)} | {f"{key}/{name}": part(groups[name]) for name in sorted(groups)}
 
 # %% ../../nbs/51a_eval.scores.ipynb #81246b9e
 def majority(

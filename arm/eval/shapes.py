@@ -89,6 +89,8 @@ MODES = {"t1": 1., "greedy": 0.} # name in a score's path -> temperature; never 
 
 def _canvas(scene): return f"canvas_{scene.rows}x{scene.cols}"
 
+def _unseen(scene): return sorted({f"{o.color}_{o.shape}" for o in scene.objs if (o.color, o.shape) in HELD_OUT})
+
 def judged_drawings(
     arm,                                # an `Arm`
     cases: list[tuple[Scene, Caption]], # what to draw
@@ -119,6 +121,7 @@ def judged_edits(
 def _draw(arm, key, cases, modes, seed, say):
     "Text to image."
     out, labels = {}, [[c.category for _, c in cases], [_canvas(s) for s, _ in cases], [f"objects_{len(s.objs)}" for s, _ in cases]]
+    if all(unseen := [_unseen(s) for s, _ in cases]): labels.append([u[0] if len(u) == 1 else "several_pairs" for u in unseen])
     for mode in modes:
         say(f"{key} {mode}: {len(cases)} captions")
         out |= by(f"{key}/strict/{mode}", [v.ok for v in judged_drawings(arm, cases, MODES[mode], seed)], *labels)
@@ -134,7 +137,7 @@ def _change(arm, key, cases, modes, seed, say):
         out |= by(f"{key}/strict/{mode}", [v.ok for v in got], kinds, [_canvas(s) for s, _ in cases])
         out |= {f"{key}/{half}/{mode}": share([getattr(v, half) for v in got]) for half in ("instruction", "kept")}
     if len(modes) > 1:
-        out[f"{key}/copy"] = share([judge_edit(r, s, e).ok for r, (s, e) in zip(readings(before), cases)])
+        out[f"{key}/copy"] = share([judge_edit(r, s, e).ok for r, (s, e) in zip(readings(pictures(arm, codes)), cases)])
         out |= code_changes("shapes/locality", arm, before, after, (codes, arm.encode(after)), kinds)
     return out
 

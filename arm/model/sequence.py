@@ -130,7 +130,7 @@ class ImagePrompt:
         source: float = .1, # probability that the source is left out, independent of the text's
     ) -> "ImagePrompt": # the prompt, perhaps with less in it
         "Condition dropout for guidance."
-        gone = rng.random() < source, rng.random() < text
+        gone = rng.random() < source and self.source is not None, rng.random() < text
         return ImagePrompt([] if gone[1] else self.text, self.grid, *(None, None) if gone[0] else (self.source, self.source_grid), None if any(gone) else self.plan)
 
 # %% ../../nbs/30_model.sequence.ipynb #2e609d24

@@ -124,11 +124,13 @@ class EmojiItems:
         if unknown := set(weights) - {*TARGET_WEIGHTS, *PALETTE_WEIGHTS, "similarity"}: raise ValueError(f"weights name {sorted(unknown)[0]!r}, which is no part; the parts are {', '.join([*TARGET_WEIGHTS, *PALETTE_WEIGHTS, 'similarity'])}")
         self.weights = weights
         self.text, self.data, self.truth, self.rows, self.kinds = text, data, truth or gallery(data), data.ids("train"), {}
-        self.tokenizer, self.right = tokenizer, {} # picture, kind and value of an edit -> all pictures that answer it
+        self.tokenizer, self.right, self.named = tokenizer, {}, {} # picture, kind and value of an edit -> all pictures that answer it; name -> all pictures that bear it
+        for i in data.ids(): self.named.setdefault(data.rows[i].annotation.lower(), set()).add(int(data.unique[i]))
         for p in pairs(data, split="train"):
             if p.kind == "line_art": continue # line drawings are in no gallery of true pictures
             self.kinds.setdefault(p.kind, []).append(p)
             self.right.setdefault((int(data.unique[p.src]), p.kind, p.value), set()).add(int(data.unique[p.dst]))
+        if not self.rows or not self.kinds: raise ValueError(f"{len(data)} pictures, and {'no two of them are an edit' if self.rows else 'none of them is'} for training; give `load_openmoji()`, or a part of it with pairs")
         self.grid = (data.images.shape[-2] // tokenizer.cfg.patch_size, data.images.shape[-1] // tokenizer.cfg.patch_size)
 
     def __call__(self,
@@ -139,7 +141,7 @@ class EmojiItems:
         seed = rng.getrandbits(40)
         if task == "t2i":
             row = rng.choice(self.rows)
-            words, source, right, goal = rng.choice(self.data.captions(row)), None, {int(self.data.unique[row])}, row
+            words, source, right, goal = rng.choice(self.data.captions(row)), None, self.named[self.data.rows[row].annotation.lower()], row
         else:
             pair = rng.choice(self.kinds[rng.choices(list(self.kinds), [len(v) ** .5 for v in self.kinds.values()])[0]])
             words, right, goal = instruction(pair, rng), self.right[int(self.data.unique[pair.src]), pair.kind, pair.value], pair.dst
@@ -236,6 +238,7 @@ def sheet_items(
     seed:int, # decides which
 ) -> list[Item]: # four edits and eight captions, or one of both
     "The prompts of a phase's sheets of samples."
+    if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
     return [worlds[k % len(worlds)](make_rng(seed, "sheet", task, k), task) for task in sorted(PHASES[phase]) for k in range(4 if task == "edit" else 8)]
 
 def side_by_side(

@@ -29,6 +29,7 @@ from ..tokenizer.renderfiles import digest
 from ..tokenizer.towers import load_towers
 from ..train.pool import Mixture, mixed_tokens
 from ..train.run import RunConfig, fit, load_teacher, pools
+from ..train.sft import guises_of
 
 # %% ../../nbs/64_rl.recipe.ipynb #7c11f491
 @dataclass(kw_only=True, frozen=True)
@@ -55,8 +56,8 @@ class PhaseConfig:
     def __post_init__(self):
         for name, least in (("steps", 1), ("n_prompts", 1), ("num_generations", 2), ("updates", 1), ("snapshot_every", 0), ("replay", 0)):
             if getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)}: it must be at least {least}")
-        for name in ("lr", "beta"):
-            if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0")
+        if not 0 < self.lr < float("inf"): raise ValueError(f"lr={self.lr}: a number above 0; nothing would be learnt")
+        if not 0 <= self.beta < float("inf"): raise ValueError(f"beta={self.beta}: a number of at least 0")
         if self.snapshot_every and not self.beta: raise ValueError(f"snapshot_every={self.snapshot_every} with beta=0: there is no reference to renew; leave it at 0, or set beta above 0")
         self.guidance()
         self.grpo(); reward_weights(self.rewards, ("t2i", "edit", "emoji")) # refuse what is wrong
@@ -104,7 +105,7 @@ def supervised(
     "A stream of supervised documents from all worlds that the model was trained on."
     trained = [arm.card.get("run", {}), *arm.card.get("sft", [])]
     known = tuple(dict.fromkeys(w for t in trained for w in t.get("worlds", ()))) or worlds
-    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=trained[-1].get("asked", False), worn=trained[-1].get("worn", 0.), seed=cfg.seed + 2)
+    run = replace(RunConfig.shipped(), worlds=known, scenes=4000, asked=trained[-1].get("asked", False), worn=trained[-1].get("worn", 0.), seed=cfg.seed + 2, **guises_of(arm.card))
     return mixed_tokens(pools(run, arm.tokenizer, .75 if arm.card["plan"] else 0., arm.text), arm.model.vocab, cfg.replay, cfg.seed + 2, REPLAY)
 
 # %% ../../nbs/64_rl.recipe.ipynb #58ed9f2e

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..core import config_to_dict, load_json, pick_precision, save_json
 from ..data.openmoji import DATA
-from ..data.shapes import CELL, Scene, render
+from ..data.shapes import CELL, HELD_OUT, Scene, render
 from ..data.shapetasks import EDIT_KINDS, Edit
 from ..data.shapetext import describes
-from ..eval.guidance import distinct
+from ..eval.guidance import distinct, variety
 from ..eval.nearest import psnr
 from ..eval.scores import by, mean
 from ..eval.shapes import ShapesItems, exact, pictures, readings, shapes_items, shapes_scores
@@ -31,7 +31,7 @@ from ..model.generate import Sampling, generate_images
 from ..model.sequence import ImagePrompt
 from ..model.tasks import DESCRIBE, Arm
 from .loop import LitGRPO
-from .prompts import Item, ShapesItems as TrainingItems, mixed_items, reward_weights
+from .prompts import PHASES, Item, ShapesItems as TrainingItems, mixed_items, reward_weights
 from .recipe import PhaseConfig, run_phase
 from .rewards import edit_reward
 from .rubrics import Judgement, Opinion, g_scores
@@ -183,7 +183,7 @@ def recipe_score(
     "Both tasks at several temperatures with the entropy of the policy, the parts of both, what was not rewarded, and variety."
     items, rest, share = exam(n), exam(more) if more else None, lambda x: sum(x) / len(x)
     told = lambda key, ok: {key: share(ok), f"{key}/items": "".join("01"[k] for k in ok)}
-    left = ("canvas_", "objects_", "/locality", "/majority", "/copy") # by size, and what no training of the policy moves
+    left = ("canvas_", "objects_", "several_pairs", *(f"{c}_{s}" for c, s in HELD_OUT), "/locality", "/majority", "/copy") # by size or pair, and what no training of the policy moves
     def judge(arm):
         out = {k: s["value"] for k, s in shapes_scores(arm, rest).items() if not any(x in k for x in left)} if more else {}
         for t in temperatures:
@@ -194,7 +194,7 @@ def recipe_score(
                 kinds = [c.category if task == "t2i" else c.kind for _, c in cases] # in place of those of fewer items
                 out |= {k: s["value"] for k, s in by(f"shapes/{task}/strict/{mode}", got.ok, kinds).items()} | (edit_columns(got, cases, mode) if task == "edit" else {})
         for key, ok in zip(("questions", "descriptions"), understood(arm, items)): out |= told(key, ok)
-        return out | dict(distinct=distinct(arm, items))
+        return out | dict(distinct=distinct(arm, items), variety=variety(arm, items))
     return judge
 
 def over_items(
@@ -219,6 +219,9 @@ class Recipe:
     rewards:ClassVar[dict] = {}
     kinds:ClassVar[tuple] = ()
 
+    def __post_init__(self):
+        if wrong := [p for p in self.phases if p not in PHASES]: raise ValueError(f"Recipe.phases names {wrong[0]!r}; use some of {', '.join(PHASES)}")
+
     def of_seed(self, seed:int) -> int: return seed if self.phases else 0 # the start is the same for every seed
 
     def shorter(self,
@@ -241,6 +244,7 @@ class Diet(Recipe):
     kinds:tuple[str, ...]=() # of edits, see `EDIT_KINDS`; empty: all
 
     def __post_init__(self):
+        super().__post_init__()
         reward_weights(self.rewards, ("t2i", "edit")) # refuses what is wrong
         if wrong := [k for k in self.kinds if k not in EDIT_KINDS]: raise ValueError(f"Diet.kinds names {wrong[0]!r}; use some of {', '.join(EDIT_KINDS)}")
         if self.kinds and not {"edit", "joint"} & set(self.phases): raise ValueError(f"Diet.kinds={self.kinds!r} with phases {self.phases!r}: none of them edits; add one that does, or leave the kinds out")

@@ -19,14 +19,14 @@ from ..core import config_to_dict, pick_precision, save_json
 from ..data.openmoji import DATA
 from ..data.shapes import CELL
 from ..data.shapetext import Caption
-from ..eval.guidance import distinct
+from ..eval.guidance import distinct, variety
 from ..eval.shapes import pictures, readings
 from ..eval.verifier import judge_caption
 from ..model.generate import Guidance
 from ..model.tasks import Arm
 from ..model.transformer import ARM
 from .grpo import GRPOConfig
-from .loop import GuidanceMode, LitGRPO, Rollout
+from .loop import GuidanceMode, LitGRPO, Rollout, scales
 from .prompts import Item, ShapesItems, mixed_items
 from .rewards import T2I_WEIGHTS, caption_reward, ink_reward
 from .study import exam, understood
@@ -54,6 +54,8 @@ class Trial:
 
     def __post_init__(self):
         if self.marks not in (*MARKS, "ink"): raise ValueError(f"Trial.marks={self.marks!r} is unknown; use one of {', '.join((*MARKS, 'ink'))}")
+        scales(self.mode, self.text_scale) # refuses a scale that nothing would use
+        if self.steps < 0: raise ValueError(f"Trial.steps={self.steps}: at least 0, which is the start itself")
         if self.tokens not in HALVES: raise ValueError(f"Trial.tokens={self.tokens!r} is unknown; use one of {', '.join(HALVES)}")
 
     def of_seed(self, seed:int) -> int: return seed if self.steps else 0 # the start is the same for every seed
@@ -119,7 +121,7 @@ def trial_score(
         (warm, read), (_, cold) = drawn(1.), drawn(0.)
         strict = lambda rs: mean([judge_caption(r, c).ok for r, (_, c) in zip(rs, captions)])
         return {"t2i@1": strict(read), "t2i@0": strict(cold), "mixed": mean([caption_reward(r, c).total for r, (_, c) in zip(read, captions)]),
-                "ink": mean([ink_reward(x, c).total for x, (_, c) in zip(warm, captions)]), "distinct": distinct(arm, items), "questions": mean(understood(arm, items)[0])}
+                "ink": mean([ink_reward(x, c).total for x, (_, c) in zip(warm, captions)]), "distinct": distinct(arm, items), "variety": variety(arm, items), "questions": mean(understood(arm, items)[0])}
     return judge
 
 def train_trial(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..core import device_of, make_rng, to_float, to_uint8
-from ..data.emojitasks import DerivedPairs, instruction, pairs, questions as emoji_questions
+from ..data.emojitasks import DerivedPairs, Pair, instruction, mirrors, pairs, questions as emoji_questions
 from ..data.openmoji import OpenMoji
-from ..data.shapeguises import in_guise, sample_guise, say_in_guise
+from ..data.shapeguises import GUISES, SHADES, in_guise, sample_guise, say_in_guise
 from ..data.shapeplans import caption_plan, edit_plan, evidence
-from ..data.shapes import CANVASES, sample_scene
+from ..data.shapes import CANVASES, CELL, sample_scene
 from ..data.shapetasks import edit, questions
 from ..data.shapetext import caption, full_caption
 from ..data.text import TextTokenizer
@@ -71,6 +71,7 @@ class ShapesPool:
         seed:int, # of the pool
         n_captions:int=4, # wordings per scene
         disguised:float=.35, # share of scenes in invented colours
+        shades:bool=False, # from the long list of them, see `SHADES`
         progress:bool=True, # show a bar
         plan:float=0., # share of documents in which words come before the picture or the answer
         brief:bool=False, # plans of edits tell the change alone, see `edit_plan`
@@ -79,19 +80,20 @@ class ShapesPool:
         canvases:tuple[tuple[int, int], ...]=CANVASES, # (rows, columns) of cells of the scenes
     ):
         if n_scenes < len(canvases): raise ValueError(f"n_scenes={n_scenes}: at least one for each of {len(canvases)} canvases")
-        if tokenizer.fsq.codebook_size > 2**16: raise ValueError(f"{tokenizer.fsq.codebook_size:,} codes: the pool keeps 16 bits of each; use a tokenizer of at most 65,536")
+        side = CELL // tokenizer.cfg.patch_size # patches along a cell
+        if CELL % tokenizer.cfg.patch_size: raise ValueError(f"patches of {tokenizer.cfg.patch_size} px do not divide the cells of the shapes world, {CELL} px; take another tokenizer, or shards")
         self.items, self.plan, self.worn = [], plan, worn
         for k, (rows, cols) in enumerate(canvases):
             drawn, rng = [], make_rng(seed, "pool", k)
             for _ in tqdm(range(n_scenes // len(canvases)), desc=f"scenes of {rows}x{cols} cells", disable=not progress, mininterval=5):
                 while (change := edit(scene := sample_scene(rng, canvas=(rows, cols)), rng)) is None: pass
-                drawn.append((scene, change, sample_guise(rng) if rng.random() < disguised else {}))
-            codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).short() # int16 holds 65,536 codes, read back below
-            targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).short()
-            shabby = worn_codes(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn]), make_rng(seed, "worn", k)).short() if worn else codes
+                drawn.append((scene, change, sample_guise(rng, names=SHADES if shades else GUISES) if rng.random() < disguised else {}))
+            codes = encode_images(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn])).int()
+            targets = encode_images(tokenizer, torch.stack([in_guise(e.target, g) for _, e, g in drawn])).int()
+            shabby = worn_codes(tokenizer, torch.stack([in_guise(s, g) for s, _, g in drawn]), make_rng(seed, "worn", k)).int() if worn else codes
             for (s, e, g), c, t, x in zip(drawn, codes, targets, shabby):
                 say = lambda words: text.encode(say_in_guise(words, g))
-                self.items.append(((2 * rows, 2 * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
+                self.items.append(((side * rows, side * cols), c, [(say(said.text), say(caption_plan(s, said))) for said in (caption(s, rng) for _ in range(n_captions))],
                     [(say(q.question), say(evidence(s, q, asked)), say(q.answer)) for _ in range(2) for q in questions(s, rng)], say(full_caption(s)), say(e.instruction), t, say(edit_plan(s, e, brief)), x))
         self.describe = text.encode(DESCRIBE)
 
@@ -104,7 +106,7 @@ class ShapesPool:
         "Draw a document of a task."
         grid, codes, captions, qas, full, words, target, change, shabby = rng.choice(self.items)
         if self.worn and task in ("edit", "qa") and rng.random() < self.worn: codes = shabby
-        codes, target, thinks = codes.long() & 0xFFFF, target.long() & 0xFFFF, self.plan > 0 and rng.random() < self.plan
+        codes, target, thinks = codes.long(), target.long(), self.plan > 0 and rng.random() < self.plan
         if task == "edit": return image_sample(vocab, ImagePrompt(words, grid, codes, plan=change if thinks else None).drop(rng, text=drop, source=drop), target)
         if task == "qa" and thinks: return qa_sample(vocab, codes, grid, [([], full), *(turn for q, why, a in rng.sample(qas, min(5, len(qas))) for turn in ((q, why), ([], a)))])
         if task == "qa": qas, said = [(q, a) for q, _, a in qas], None
@@ -116,8 +118,8 @@ class ShapesPool:
         return qa_sample(vocab, codes, grid, rng.sample(turns, len(turns)))
 
 # %% ../../nbs/40a_train.pool.ipynb #426bd0fc
-class EmojiPool:
-    "Training pictures of OpenMoji with their codes, captions, questions and edit pairs."
+class _EmojiCodes:
+    "Codes, captions, questions and edit pairs of OpenMoji's training pictures."
     def __init__(self,
         tokenizer:VisualTokenizer, # frozen
         text:TextTokenizer, # words to ids
@@ -127,24 +129,33 @@ class EmojiPool:
         derived:float=.3, # share of derived pictures
         plan:float=0., # share of documents with an empty plan: there is nothing to count or to place
         worn:float=0., # share of sources and pictures asked about that are worn, see `worn_codes`
+        mirror:float=0., # share of edits that mirror a picture, see `mirrors`
     ):
-        self.data, self.text, self.derived, self.plan, self.worn, rng = data, text, derived, plan, worn, make_rng(seed, "shifts")
+        if not data.ids("train"): raise ValueError(f"{len(data)} pictures, none of them for training; give `load_openmoji()`, or a part of it that has some")
+        self.data, self.text, self.derived, self.plan, self.worn, self.mirror, rng = data, text, derived, plan, worn, mirror, make_rng(seed, "shifts")
         moves = [(0, 0)] + [(rng.randint(-2, 2), rng.randint(-2, 2)) for _ in range(n_shifts)]
         rows = data.ids("train", None)
         codes = [encode_images(tokenizer, shift(data.images[rows], *m, fill=255)) for m in moves]
         self.codes = {i: c for i, c in zip(rows, torch.stack(codes, 1))} # row -> (versions, N)
         shabby = [worn_codes(tokenizer, shift(data.images[rows], *m, fill=255).roll(k, 0), make_rng(seed, "worn", k)).roll(-k, 0) for k, m in enumerate(moves)] if worn else codes # rolled: each version is worn in another way
         self.shabby = {i: c for i, c in zip(rows, torch.stack(shabby, 1))}
+        turned = mirrors(data) if mirror else []
+        self.turned = dict(zip(turned, torch.stack([encode_images(tokenizer, shift(data.images[turned], *m, fill=255).flip(-1)) for m in moves], 1))) if turned else {} # row -> the same, mirrored
         self.grid = (data.images.shape[-2] // tokenizer.cfg.patch_size, data.images.shape[-1] // tokenizer.cfg.patch_size)
         self.true, self.made = data.ids("train"), [i for k in ("skin", "line") for i in data.ids("train", k)]
         self.captions = {i: [text.encode(c) for c in data.captions(i)] for i in rows}
         self.qas = {i: [(text.encode(q.question), text.encode(q.answer)) for _ in range(2) for q in emoji_questions(data, i, rng)] for i in rows}
         self.kinds = {}
         for p in pairs(data, split="train"): self.kinds.setdefault(p.kind, []).append(p)
+        if not self.kinds: raise ValueError(f"{len(data)} pictures, and no two of them are an edit for training; give `load_openmoji()`, or a part of it with pairs")
         self.weights = [len(v) ** .5 * (.3 if k == "line_art" else 1.) for k, v in self.kinds.items()]
         self.invented = DerivedPairs(data)
+        if derived and not (self.made and self.invented.bases and self.invented.twins): raise ValueError(f"{len(data)} pictures, and they hold no derived pictures or invented tones; take derived=0, or give all, or concepts with people")
         self.describe = text.encode(DESCRIBE)
 
+# %% ../../nbs/40a_train.pool.ipynb #b4712f13
+class EmojiPool(_EmojiCodes):
+    "Training pictures of OpenMoji with their codes, captions, questions and edit pairs."
     def sample(self,
         task:str, # "t2i", "edit", "chain", "qa" or "text"
         rng:Random, # decides everything
@@ -155,6 +166,10 @@ class EmojiPool:
         thinks = self.plan > 0 and rng.random() < self.plan
         plan = [] if thinks else None
         seen = self.shabby if self.worn and task in ("edit", "qa") and rng.random() < self.worn else self.codes
+        if task == "edit" and self.mirror and rng.random() < self.mirror:
+            row, v = rng.choice(list(self.turned)), rng.randrange(len(next(iter(self.turned.values()))))
+            words = self.text.encode(instruction(Pair(row, row, "mirror_derived", "mirrored", "train"), rng))
+            return image_sample(vocab, ImagePrompt(words, self.grid, seen[row][v], plan=plan).drop(rng, text=drop, source=drop), self.turned[row][v])
         if task in ("edit", "chain"):
             pair = self.invented.sample(rng) if rng.random() < self.derived else rng.choice(self.kinds[rng.choices(list(self.kinds), self.weights)[0]])
             v, words = rng.randrange(len(self.codes[pair.src])), self.text.encode(instruction(pair, rng))

@@ -45,11 +45,17 @@ class RunConfig:
     arm_lr:float=2e-3 # peak learning rate of the transformer
     arm_hold:float=.7 # share of the transformer's steps at the full rate
     factored:bool=False # codes in two halves that know nothing of each other, see `FactoredProjection`
+    stages:tuple[int, ...]=TokenizerConfig.tiny().stages # bits of a code, stage by stage
+    ffn_dim:int=ARMConfig.tiny().ffn_dim # hidden numbers of the transformer's MLPs
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
     asked:bool=False # notes on relations repeat what was asked, see `evidence`
     questions:float=1. # weight of questions among the documents on shapes, as a multiple of the mixture's own
     worn:float=0. # share of sources and pictures asked about that are worn, see `worn_codes`
+    mirror:float=0. # share of the edits of emoji that mirror a picture, see `mirrors`
+    disguised:float=.35 # share of the transformer's scenes in invented colours
+    shades:bool=False # these from the long list, see `SHADES`
+    emoji:int=1 # documents on emoji for each one on shapes, where the transformer learns both worlds
     seed:int=0 # of everything
 
     def __post_init__(self):
@@ -59,7 +65,8 @@ class RunConfig:
     @classmethod
     def shipped(cls) -> "RunConfig":
         "The run behind the shipped weights: both worlds."
-        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=3600, arm_steps=5000, scenes=40_000, arm_batch=96, arm_hold=.6, factored=True, plan=.9, brief=True)
+        return cls(worlds=("shapes", "openmoji"), teacher_steps=1200, tokenizer_steps=2400, decoder_steps=4200, arm_steps=14_000, scenes=40_000, arm_batch=48, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True,
+                   questions=1.5, worn=.3, mirror=.1, disguised=.45, shades=True)
 
     @classmethod
     def quick(cls) -> "RunConfig":
@@ -104,11 +111,9 @@ def fit(
         raise ValueError(f"{out} holds a run in {held}, and this machine would go on in {precision}: that would be another run; go on where it was begun, or move the folder away")
     if not last.exists(): save_json(note, dict(precision=precision))
     warnings.filterwarnings("ignore", message=".*num_workers.*|.*does not have many workers.*|.*Checkpoint directory.*|.*log_every_n_steps.*|.*LeafSpec.*|.*isinstance.treespec.*|.*transfer_batch_to_device.*|.*in eval mode at the start.*")
-    keep = ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
-    calls = [keep] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
-    starts = len(list(out.glob("log*")))
+    calls = [ModelCheckpoint(out, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)] + ([] if quiet() else [Line(label)]) + ([Samples(samples, out, every)] if samples else [])
     trainer = L.Trainer(max_steps=n_steps, max_epochs=1, accelerator=where.type, devices=devices if where.index is None else [where.index], strategy=strategy, precision=precision, plugins=[WholeCheckpoints()],
-        logger=CSVLogger(out, name="", version=f"log{starts or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
+        logger=CSVLogger(out, name="", version=f"log{len(list(out.glob('log*'))) or ''}"), callbacks=calls, log_every_n_steps=min(10, every), gradient_clip_val=1., use_distributed_sampler=False,
         enable_model_summary=False, enable_progress_bar=not quiet(), num_sanity_val_steps=0)
     with uncut(): trainer.fit(module, datamodule=StepData(draw, n_steps, num_workers), ckpt_path=last if last.exists() else None, weights_only=True)
     if module.global_step < n_steps: raise ValueError(f"{out}: stopped after {module.global_step} of {n_steps} steps; start the same command again to go on")
@@ -180,8 +185,7 @@ def load_teacher(
     out:str|Path, # run folder
 ) -> tuple[SiglipTowers, CaptionReader]: # frozen
     "The judges of a run."
-    path = folder(out, "teacher")
-    towers, reader = SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny())
+    path, towers, reader = folder(out, "teacher"), SiglipTowers(TowersConfig.tiny()), CaptionReader(ReaderConfig.tiny())
     for name, part in (("towers", towers), ("reader", reader)): load_weights(part, load_tensors(path / f"{name}.safetensors"), source=path / f"{name}.safetensors")
     return freeze(towers), freeze(reader)
 
@@ -193,8 +197,7 @@ def _settings(
     stands:bool, # on the codes of stage "tokenizer", which must not be others when it goes on
 ) -> dict: # plain data
     "What the result of a stage depends on."
-    held = {k: v for k, v in config_to_dict(run).items() if k in names}
-    return held | dict(tokenizer=digest(load_tokenizer(out, "tokenizer").down)) if stands else held
+    return {k: v for k, v in config_to_dict(run).items() if k in names} | (dict(tokenizer=digest(load_tokenizer(out, "tokenizer").down)) if stands else {})
 
 def train_tokenizer(
     out:str="runs/tiny", # run folder
@@ -211,14 +214,12 @@ def train_tokenizer(
     if stage not in ("tokenizer", "decoder"): raise ValueError(f"stage={stage!r}: choose 'tokenizer' or 'decoder'")
     run = run_config(quick, steps, batch, seed=seed)
     pick_device(device)
-    path, text, joint = Path(out) / stage, default_tokenizer(), stage == "tokenizer"
-    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "seed", stands=not joint)
+    path, text, joint, n = Path(out) / stage, default_tokenizer(), stage == "tokenizer", getattr(run, f"{stage}_steps")
+    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "stages", "seed", stands=not joint)
     if same_settings(path, asked): return
-    n = run.tokenizer_steps if joint else run.decoder_steps
     L.seed_everything(run.seed + 1, verbose=False)
-    towers, reader = load_teacher(out)
-    tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored)) if joint else load_tokenizer(out, "tokenizer")
-    module = LitTokenizer(tokenizer, towers, reader, text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
+    tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored, stages=run.stages, levels=(2,) * sum(run.stages))) if joint else load_tokenizer(out, "tokenizer")
+    module = LitTokenizer(tokenizer, *load_teacher(out), text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
@@ -247,7 +248,7 @@ def pools(
 ) -> list: # one pool per world
     "The token pools of a run."
     text = text or default_tokenizer()
-    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn) for w in run.worlds]
+    return [ShapesPool(tokenizer, text, run.scenes, run.seed, progress=not quiet(), plan=plan, brief=run.brief, asked=run.asked, worn=run.worn, disguised=run.disguised, shades=run.shades) if w == "shapes" else EmojiPool(tokenizer, text, load_openmoji(), run.seed, plan=plan, worn=run.worn, mirror=run.mirror) for w in run.worlds]
 
 def train_arm(
     out:str="runs/tiny", # run folder
@@ -264,19 +265,18 @@ def train_arm(
     run = run_config(quick, steps, batch, scenes, seed)
     pick_device(device)
     path, text, n = Path(out) / "arm", default_tokenizer(), run.arm_steps
-    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "scenes", "plan", "brief", "asked", "questions", "worn", "seed", stands=True)
+    asked = _settings(run, out, "worlds", "arm_steps", "arm_batch", "arm_lr", "arm_hold", "ffn_dim", "scenes", "plan", "brief", "asked", "questions", "worn", "mirror", "disguised", "shades", "emoji", "seed", stands=True)
     if same_settings(path, asked): return
     tokenizer = load_tokenizer(out, "tokenizer")
     L.seed_everything(run.seed + 3, verbose=False)
-    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
+    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel, ffn_dim=run.ffn_dim))
     arm = Arm(tokenizer, model, text)
     prompts = ["a red circle", "a small blue square and a large green cross", "three yellow triangles", "a red cross left of a black circle"] * 4
     show = lambda: torch.stack(arm.decode(arm.imagine_codes(prompts, [(4, 4)] * 16, temperature=1., seed=0, plan=run.plan > 0)))
-    module = LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold)
-    shapes = Mixture.planned() if run.plan else Mixture()
-    mixtures = [Mixture.openmoji() if w == "openmoji" else replace(shapes, qa=run.questions * shapes.qa) for w in run.worlds]
+    taught = dict(shapes=replace(m := Mixture.planned() if run.plan else Mixture(), qa=run.questions * m.qa), openmoji=Mixture.openmoji())
+    held, turns = dict(zip(run.worlds, pools(run, tokenizer, run.plan))), [w for w in run.worlds for _ in range(run.emoji if w == "openmoji" else 1)]
     same_settings(path, asked, begin=True)
-    fit(module, mixed_tokens(pools(run, tokenizer, run.plan), model.vocab, run.arm_batch, run.seed, mixtures), n, path, "arm", samples=show, every=every, device=device)
+    fit(LitARM(model, n, lr=run.arm_lr, hold=run.arm_hold), mixed_tokens([held[w] for w in turns], model.vocab, run.arm_batch, run.seed, [taught[w] for w in turns]), n, path, "arm", samples=show, every=every, device=device)
     finish(path, dict(arm=model), n)
 
 # %% ../../nbs/43_train.run.ipynb #8ef1bec3
@@ -309,11 +309,11 @@ def assemble(
     run, text = run or run_config(quick), default_tokenizer()
     said = config_to_dict(run)
     for stage in ("teacher", "tokenizer", "decoder", "arm"):
-        held = load_json(folder(out, stage) / "settings.json")
-        if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in held.items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
-    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size))
+        if other := [f"{k}={v!r}, not {said[k]!r}" for k, v in load_json(folder(out, stage) / "settings.json").items() if k in said and v != said[k]]: raise ValueError(f"{out}: {stage} was trained with {'; '.join(other)}, and the card would say otherwise; give the run's own numbers")
+    tokenizer = load_tokenizer(out)
+    model = ARM(replace(ARMConfig.tiny(), text_size=text.vocab_size, n_bits=tokenizer.fsq.n_channel, ffn_dim=run.ffn_dim))
     load_weights(model, load_tensors(folder(out, "arm") / "arm.safetensors"))
-    arm = Arm(load_tokenizer(out), model, text)
+    arm = Arm(tokenizer, model, text)
     arm.card |= dict(name="arm-tiny-quick" if quick else "arm-tiny", plan=run.plan > 0, command=f"arm train all{' --quick' if quick else ''}{changed}", run=config_to_dict(run))
     arm.save_pretrained(Path(out) / "model")
     return Path(out) / "model"

@@ -43,8 +43,7 @@ def adamw(
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay), dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
     opt = torch.optim.AdamW(groups, lr=lr, betas=(.9, .95))
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: warmup_linear(s, n_steps, hold=hold))
-    return dict(optimizer=opt, lr_scheduler=dict(scheduler=sched, interval="step"))
+    return dict(optimizer=opt, lr_scheduler=dict(scheduler=torch.optim.lr_scheduler.LambdaLR(opt, lambda s: warmup_linear(s, n_steps, hold=hold)), interval="step"))
 
 # %% ../../nbs/41_train.tokenizer.ipynb #1b95ffa2
 def reader_ids(
@@ -53,7 +52,7 @@ def reader_ids(
     pad:int, # id that fills a row and ends a caption
     max_len:int=24, # tokens
 ) -> tuple[Tensor, Tensor]: # input_ids (B, T) and labels (B, T) with -100 after the end
-    "Captions as the reader's inputs and labels; each ends with one `pad`."
+    "Captions as the reader's inputs and labels; each ends with one `pad`, a long one after its first tokens."
     ids = [text.encode(t)[:max_len - 1] + [pad] for t in texts]
     width = max(map(len, ids))
     return (torch.tensor([r + [pad] * (width - len(r)) for r in ids]), torch.tensor([r + [-100] * (width - len(r)) for r in ids]))
@@ -63,8 +62,7 @@ def processes(
     module:L.LightningModule, # attached to a trainer, or not
 ) -> tuple[int, int]: # rank and number of processes; 0 and 1 without a trainer
     "Which of how many processes this is."
-    trainer = module._trainer
-    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    return (module._trainer.global_rank, module._trainer.world_size) if module._trainer is not None else (0, 1)
 
 def fair_mean(
     module:L.LightningModule, # knows the other processes
@@ -113,10 +111,8 @@ class LitTeacher(L.LightningModule):
         features = self.towers.features(batch.images)
         words = self.towers.pad_text([self.text.encode(t) for t in batch.texts]).to(self.device)
         sig = fair_sigmoid(self, self.towers.pool(features), self.towers.text_embed(words), model.logit_scale, model.logit_bias)
-        ids, labels = (x.to(self.device) for x in reader_ids(batch.texts, self.text, self.towers.pad))
-        half = slice(None, None, 2) # every second picture is enough for the reader
-        cap = caption_loss(self.reader(self.to_reader(features[half].detach()), ids[half]), labels[half])
-        cap = fair_mean(self, cap, (labels[half] != -100).sum())
+        ids, labels = (x[::2].to(self.device) for x in reader_ids(batch.texts, self.text, self.towers.pad)) # every second picture is enough for the reader
+        cap = fair_mean(self, caption_loss(self.reader(self.to_reader(features[::2].detach()), ids), labels), (labels != -100).sum())
         self.log_dict(dict(sig=sig, cap=cap), prog_bar=True)
         return sig + cap
 
@@ -170,8 +166,7 @@ def agreement_loss(
 ) -> Tensor: # () mean squared distance after tanh
     "What these channels must not see: the difference between a picture and its variant (our addition, for edits and unseen combinations)."
     ink = inked(images, patch)
-    d = (torch.tanh(z.float()) - torch.tanh(other.float())).square().mean(-1)
-    return (d * ink).sum() / ink.sum().clamp_min(1)
+    return ((torch.tanh(z.float()) - torch.tanh(other.float())).square().mean(-1) * ink).sum() / ink.sum().clamp_min(1)
 
 # %% ../../nbs/41_train.tokenizer.ipynb #64ff098c
 def turn_patches(
@@ -284,7 +279,7 @@ class LitTokenizer(ProjectionLosses):
         n_structure:int=8, # channels that must not see the colour; 0 switches agreement off
         palette:float=.5, # weight of the palette loss against the structure loss
         flip_rate:float=0., # share of bits flipped before decoding
-        recolour:float=.2, # share of steps on recoloured pictures (pixels only)
+        recolour:float=.2, # share of the steps without semantic objectives that see recoloured pictures (pixels only)
         zero_share:float=.7, # share of pictures noised completely, where nothing but the codes tells what to paint
         coarse:float=1., # weight of averages in the pixel loss; 0 is the published loss
         seed:int=0, # of noise and times
@@ -302,7 +297,8 @@ class LitTokenizer(ProjectionLosses):
         "One step of either stage; its randomness comes from the seed and the step."
         tok, dice = self.tokenizer, Dice(self.seed * 1_000_003 + self.global_step, *processes(self))
         images, semantic = batch.images, self.stage == "joint" and self.global_step % self.semantic_every == 0
-        other = recolour_pixels(images.cpu(), dice).to(images.device)
+        asked_for = self.recolour > 0 or self.stage == "joint" and tok.cfg.stages and self.n_structure and not tok.cfg.factored
+        other = recolour_pixels((images if asked_for else images[..., :1, :1]).cpu(), dice).to(images.device) # the same random numbers either way
         if not semantic and dice.chance() < self.recolour: images, other = other, images
         if self.stage == "decoder": codes, asked = frozen_codes(tok, images, self.towers), {}
         else:
