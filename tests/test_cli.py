@@ -452,6 +452,11 @@ def test_refuses_impossible_numbers_of_fine_tuning(option, here):
     assert option[2:].split("=")[0] in refused(here, "train", "sft", "--out", "runs", option)
 
 
+@pytest.mark.parametrize("option", ["--lr=0", "--lr=inf", "--lr=nan", "--beta=-1", "--steps=0", "--num_generations=1"])
+def test_refuses_impossible_numbers_of_reinforcement(option, here):
+    assert option[2:].split("=")[0] in refused(here, "train", "grpo", "--out", "runs", option)
+
+
 @pytest.mark.parametrize("stage", ["teacher", "tokenizer", "decoder", "arm", "all", "renderers", "sft", "codes"])
 def test_refuses_to_train_on_a_device_that_is_not_there(stage, here):
     assert "'toaster' is not available here" in refused(here, "train", stage, "--out", "runs/new", "--device", "toaster") and not Path("runs").exists()
