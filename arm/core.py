@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['stable_hash', 'make_rng', 'make_generator', 'seeded', 'atomic_path', 'atomic_write', 'save_json', 'load_json',
-           'save_tensors', 'load_tensors', 'load_metadata', 'load_weights', 'count_parameters', 'config_to_dict',
-           'config_from_dict', 'same_settings', 'device_of', 'pick_device', 'pick_precision', 'to_float', 'to_uint8',
-           'to_pil']
+           'save_tensors', 'load_tensors', 'load_metadata', 'load_weights', 'load_module', 'count_parameters',
+           'config_to_dict', 'config_from_dict', 'same_settings', 'device_of', 'pick_device', 'pick_precision',
+           'to_float', 'to_uint8', 'to_pil']
 
 # %% ../nbs/00_core.ipynb #5c5416b2
 import dataclasses, difflib, hashlib, json, os, random, secrets, types, typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,19 +132,31 @@ def load_metadata(path: str | Path, # a `.safetensors` file
     with _readable(Path(path)), safe_open(path, "pt") as f: return json.loads((f.metadata() or {}).get("arm", "{}"))
 
 # %% ../nbs/00_core.ipynb #7922c5ed
+def _agree(kind: str, own: dict[str, tuple], there: dict[str, tuple], source: str | Path) -> None:
+    "Refuse weights whose names or shapes are not a module's own."
+    missing, extra = sorted(own.keys() - there.keys()), sorted(there.keys() - own.keys())
+    shapes = [f"{k}: {there[k]} for {s}" for k, s in own.items() if k in there and there[k] != s]
+    for what, names in (("lacks", missing), ("has the unknown", extra), ("has other shapes, such as", shapes)):
+        if names: raise ValueError(f"{source} does not fit {kind}: it {what} {names[0]} (and {len(names)-1} more); "
+                                   "load it with the configuration that it was trained with")
+
 def load_weights(module: nn.Module, # the module that receives the weights, in place
                  tensors: dict[str, Tensor], # weights by parameter name, as from `load_tensors`
                  *, source: str | Path = "the file", # where they come from, for the message
                  ) -> nn.Module: # `module` itself
     "Copy weights into a module; every name and shape must match exactly."
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [f"{k}: {tuple(tensors[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
-    for what, names in (("lacks", missing), ("has the unknown", extra), ("has other shapes, such as", shapes)):
-        if names: raise ValueError(f"{source} does not fit {type(module).__name__}: it {what} {names[0]} (and {len(names)-1} more); "
-                                   "load it with the configuration that it was trained with")
+    _agree(type(module).__name__, *({k: tuple(v.shape) for k, v in t.items()} for t in (module.state_dict(), tensors)), source)
     module.load_state_dict(tensors)
     return module
+
+def load_module(make: Callable[[], nn.Module], # builds the module, on whatever device is the default
+                path: str | Path, # a `.safetensors` file
+                ) -> nn.Module: # with the weights of the file
+    "Build a module and fill it; a file that does not fit is refused by its header, before a single weight takes memory."
+    with torch.device("meta"): empty = make()
+    with _readable(Path(path)), safe_open(path, "pt") as f: there = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    _agree(type(empty).__name__, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, there, path)
+    return load_weights(make(), load_tensors(path), source=path)
 
 def count_parameters(module: nn.Module, # any module, on any device (`meta` too)
                      *, trainable: bool = False, # True counts only parameters that require a gradient

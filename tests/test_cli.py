@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from tools.strangers import chunk, encoded, files, icon, note, png, png16, refusal, run, scene, untrained
+from tools.strangers import chunk, encoded, files, icon, note, png, png16, refusal, run, scene, tiff, untrained
 
 from arm.app import terminal
 from arm.app.cli import main
@@ -184,13 +184,25 @@ def test_ask_answers_and_describes(here, model):
 # ---- pictures that are refused ------------------------------------------------------------------------------------------------
 
 CUT = {f: encoded(scene(2, (3, 3)).resize((300, 300)), f) for f in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")}
+CUT |= {f"TIFF, {c}": encoded(scene(2, (3, 3)).resize((300, 300)), "TIFF", compression=c) for c in ("tiff_adobe_deflate", "tiff_lzw", "jpeg")} | {"TIFF, tiled": tiff(64, 128)}
 
 
 @pytest.mark.parametrize("share", (.02, .3, .7, .95))
 @pytest.mark.parametrize("format", CUT)
-def test_refuses_truncated_pictures(format, share, here):
-    Path("cut").write_bytes(CUT[format][:int(len(CUT[format])*share)])
-    for argv in (["ask", "cut", "what is it?"], ["reconstruct", "cut"], ["edit", "cut", "make it red"]): assert "cut" in refused(here, *argv)
+def test_refuses_truncated_pictures(format, share, here, capfd):
+    Path("holiday").write_bytes(CUT[format][:int(len(CUT[format])*share)])
+    for argv in (["ask", "holiday", "what is it?"], ["reconstruct", "holiday"], ["edit", "holiday", "make it red"]): assert re.search("cut off|not a picture", refused(here, *argv)) # a header that is cut is none
+    assert capfd.readouterr().err == "" # decoders write past Python
+
+
+@pytest.mark.parametrize("compression", ("tiff_adobe_deflate", "tiff_lzw", "jpeg"))
+def test_a_damaged_tiff_is_refused_in_one_line(compression, here, capfd):
+    data = bytearray(encoded(Image.effect_noise((200, 200), 80).convert("RGB"), "TIFF", compression=compression))
+    data[len(data)//2:len(data)//2 + 200] = b"\xff"*200
+    Path("bad.tiff").write_bytes(data)
+    code, out, err = run("reconstruct", "bad.tiff")
+    if compression != "jpeg": assert "damaged" in refusal(code, out, err) # JPEG paints grey over what it cannot read
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name, data", {"empty": b"", "letter.txt": b"Dear model,\n", "page.html": b"<!DOCTYPE html><p>", "zip.png": b"PK\x03\x04" + bytes(200), "zeros.jpg": bytes(5000),
@@ -226,7 +238,7 @@ def late(data):
     return data[:8] + chunk(b"tEXt", b"a\0b") + data[8:]
 
 
-@pytest.mark.parametrize("wrapped", [lambda: png(20_000, 20_000, 1, 0), lambda: icon(png(13_000, 13_000, 8, 2)), lambda: icon(late(png(13_000, 13_000, 8, 2)))], ids=["png", "icon", "icon with a late header"])
+@pytest.mark.parametrize("wrapped", [lambda: png(20_000, 20_000, 1, 0), lambda: icon(png(13_000, 13_000, 8, 2)), lambda: icon(late(png(13_000, 13_000, 8, 2))), lambda: tiff(32, 12_000)], ids=["png", "icon", "icon with a late header", "tile"])
 def test_a_bomb_costs_no_memory(wrapped, here, model):
     Path("bomb.png").write_bytes(wrapped())
     Path("letter.png").write_bytes(b"Dear model")
@@ -416,7 +428,8 @@ DAMAGE = {
     "card grids zero": change(card__grids=[[0, 4]]), "card prompt": change(card__max_prompt="long"),
     "format": change(format=99), "unknown field": change(arm__wings=2), "unknown field below": change(tokenizer__decoder__wings=2), "text for a number": change(arm__dim="wide"), "float for int": change(arm__n_layer=2.5),
     "true for int": change(arm__n_layer=True), "negative": change(arm__dim=-256), "zero heads": change(arm__n_head=0), "heads do not divide": change(arm__n_head=7), "zero layers": change(arm__n_layer=0),
-    "huge": change(arm__dim=10**15), "other width": change(arm__dim=128), "other depth": change(arm__n_layer=5), "zero patch": change(tokenizer__patch_size=0), "negative patch": change(tokenizer__patch_size=-8),
+    "huge": change(arm__dim=10**15), "deep": change(tokenizer__up_layer=10**15), "deep decoder": change(tokenizer__decoder__n_layer=10**15), "many blocks": change(tokenizer__up_layer=900), "wide and deep": change(arm__dim=16_384, arm__n_head=64, arm__n_kv_head=64, arm__n_layer=900),
+    "wide decoder": change(tokenizer__decoder__dim=32_768, tokenizer__decoder__n_layer=900), "other width": change(arm__dim=128), "other depth": change(arm__n_layer=5), "zero patch": change(tokenizer__patch_size=0), "negative patch": change(tokenizer__patch_size=-8),
     "no levels": change(tokenizer__levels=[]), "level of 1": change(tokenizer__levels=[1]*16), "other source": change(tokenizer__source="dreams"), "nan": change(arm__rope_theta=float("nan")), "zero theta": change(arm__rope_theta=0),
     "zero eps": change(arm__norm_eps=-1.0), "weights missing": remove("arm.safetensors"), "weights cut": cut("arm.safetensors", .5), "weights cut in the header": cut("arm.safetensors", .0001),
     "weights empty": write("arm.safetensors", b""), "weights text": write("tokenizer.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "pickle": write("arm.safetensors", b"\x80\x02}q\x00."),
@@ -429,6 +442,13 @@ def test_refuses_damaged_and_foreign_models(damage, here, model):
     shutil.copytree(model, "copy")
     DAMAGE[damage](here/"copy")
     for argv in (["imagine", "a cat"], ["ask", "in.png", "what is it?"]): refused(here, *argv, "--model", "copy")
+
+
+def test_a_refusal_names_the_folder_and_the_fix(here, model):
+    shutil.copytree(model, "m")
+    change(arm__wings=2)(here/"m")
+    line = refused(here, "imagine", "a cat", "--model", "m")
+    assert "m makes no model" in line and "copy the folder again" in line
 
 
 def test_refuses_models_that_are_not_there(here):
@@ -564,7 +584,7 @@ def test_a_benchmark_without_its_pictures_has_no_score(tmp_path):
     assert not json.loads((tmp_path/"result.json").read_text())["complete"]
 
 
-COMMANDS = ["imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "report", "shards", "weights", "app", "bench"]
+COMMANDS = ["imagine", "edit", "ask", "reconstruct", "train", "eval", "demo", "study", "plan", "score", "recipe", "report", "shards", "weights", "app", "bench", "compare"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -582,6 +602,15 @@ def test_help_lists_all_commands():
 def test_help_waits_for_no_library():
     code = "import sys; from arm.app.cli import main; main(['imagine', '--help']); sys.exit(bool({'torch', 'numpy', 'PIL', 'lightning', 'gradio'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_compare_holds_two_models_against_each_other(here, model):
+    code, out, err = run("compare", model, model, "--n", "2", "--worlds", "shapes", "--temperatures", "1", "0", "--json", "new/compared.json")
+    assert code == 0 and "| shapes/edit | greedy |" in out and "before, temperature 1" in err
+    found = json.loads(Path("new/compared.json").read_text())
+    assert set(found) == {"shapes/t2i", "shapes/t2i_unseen", "shapes/edit"} and all(d["value"] == 0 == d["gained"] for f in found.values() for d in f["equal"].values()), "a model is as good as itself"
+    for wrong in (["--temperatures", "-1"], ["--temperatures", "1", "1"], ["--n", "0"], ["--worlds", "mars"], ["--device", "toaster"]): refused(here, "compare", model, model, "--n", "2", *wrong)
+
 
 
 def test_eval_prints_and_writes_scores(here, model):

@@ -20,7 +20,8 @@ from arm.rl.recipe import PhaseConfig, grpo_recipe, told
 from arm.rl.rewards import Reward
 from arm.tokenizer.model import VisualTokenizer
 from arm.train.processes import run_processes
-from arm.train.run import fit, read_log
+from arm.train.meanwhile import read_log
+from arm.train.run import fit
 from test_train import SIZES, TEXT, PowerCut
 from tools.repo import ROOT
 

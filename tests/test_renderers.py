@@ -15,7 +15,8 @@ from arm.tokenizer.model import TokenizerConfig, VisualTokenizer
 from arm.tokenizer.vae import VAE, VAEConfig
 from arm.train.data import ShapesPictures, mixed_pictures
 from arm.train.renderers import LitDetokenizer, LitPainter, LitVAE
-from arm.train.run import fit, read_log
+from arm.train.meanwhile import read_log
+from arm.train.run import fit
 
 os.environ["TQDM_DISABLE"] = "1"
 GRIDS = [(4, 4), (4, 6), (6, 4), (3, 5), (1, 9)]

@@ -190,7 +190,7 @@ def test_links_that_turn_in_a_circle_are_not_followed(whole):
 
 
 def test_a_whole_log_is_read_as_training_reads_it(whole):
-    from arm.train.run import read_log
+    from arm.train.meanwhile import read_log
     assert read_curves(whole/"teacher") == (read_log(whole/"teacher"), [])
 
 

@@ -22,7 +22,8 @@ from arm.train.arm import LitARM
 from arm.train.data import ShapesPictures, StepData, mixed_pictures, subset
 from arm.train.pool import ShapesPool, mixed_tokens
 from arm.train.processes import run_processes
-from arm.train.run import RunConfig, fit, read_log, train_teacher
+from arm.train.meanwhile import read_log
+from arm.train.run import RunConfig, fit, train_teacher
 from arm.train.tokenizer import LitTeacher, LitTokenizer
 from tools.repo import ROOT
 

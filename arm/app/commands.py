@@ -82,6 +82,23 @@ def _add_score(command):
     p.add_argument("paths", nargs="+", metavar="PATH", help="files or folders, in the order that the official scorer takes")
     p.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
 
+# %% ../../nbs/91z_app.commands.ipynb #c011ed28
+def _compare(args):
+    out, (before, after) = None if args.json is None else writable(args.json), (load_model(m, args.device) for m in (args.before, args.after))
+    from arm.eval.compare import compare, compare_table, save_comparison
+    found = compare(before, after, n=args.n, seed=args.seed, worlds=tuple(args.worlds), temperatures=tuple(args.temperatures))
+    print(compare_table(found))
+    if out: print(f"wrote {save_comparison(out, found)}")
+
+def _add_compare(command):
+    p = command("compare", _compare, "two models on the same held-out items, paired, over temperatures: better, or only bolder?", ["data/models/tiny data/models/tiny-rl --worlds shapes --n 200", "runs/a/model runs/b/model --temperatures 1 0 --json compared.json"], "seed")
+    p.add_argument("before", metavar="BEFORE", help="model folder")
+    p.add_argument("after", metavar="AFTER", help="model folder to be held against it")
+    p.add_argument("--n", type=number(int, 1, 10**6), default=1000, help="items per task, or all that there are (default 1000)")
+    p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=["shapes", "openmoji"], help="what to draw (default: both)")
+    p.add_argument("--temperatures", nargs="+", type=number(float, 0, 100), default=[1., .9, .8, .7, 0.], metavar="T", help="of the drawings, 0 is greedy (default: 1 .9 .8 .7 0)")
+    p.add_argument("--json", metavar="FILE", help="write the comparison to this file too")
+
 # %% ../../nbs/91z_app.commands.ipynb #4f0c52d3
 def _study(args):
     out = writable(args.out, kind="folder")
@@ -212,4 +229,4 @@ def _add_weights(command):
     p.add_argument("--load", action="store_true", help="load it as training does, and use it once")
 
 # %% ../../nbs/91z_app.commands.ipynb #c5f468a1
-COMMANDS = (_add_eval, _add_study, _add_recipe, _add_plan, _add_score, _add_report, _add_shards, _add_weights, _add_app, _add_bench)  # what `build_parser` walks through
+COMMANDS = (_add_eval, _add_compare, _add_study, _add_recipe, _add_plan, _add_score, _add_report, _add_shards, _add_weights, _add_app, _add_bench)  # what `build_parser` walks through

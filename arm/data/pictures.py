@@ -7,8 +7,8 @@ __all__ = ['MAX_PIXELS', 'FORMATS', 'to_rgb', 'open_picture', 'fitting_grid', 'f
 
 # %% ../../nbs/13_data.pictures.ipynb #93b49bad
 import io, math, os, re, warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +40,7 @@ def _in_icon(f: BinaryIO) -> tuple[int, int]:
     return w, h if is_png else h//2 # below a bitmap lies its mask
 
 def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image:
-    "A file as a Pillow picture of which only the header was read, or an icon of a size that may be decoded."
+    "A file as a Pillow picture of which only the header was read, or an icon whose inner picture may be decoded."
     Image.init()
     icon = False
     try:
@@ -56,6 +56,7 @@ def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image
         if icon: raise # its inner picture is cut off
         raise ValueError(f"{name} is not a picture in any format that is read here; give a whole file in a format such as PNG, JPEG, WebP, GIF, TIFF or BMP") from e
     _check_size(*im.size, limit, name)
+    if im.format == "TIFF": _check_size(*(int(im.tag_v2.get(side, 1)) for side in (322, 323)), limit, name) # of a tile, which is decoded whole
     return im
 
 # %% ../../nbs/13_data.pictures.ipynb #73af3831
@@ -81,9 +82,19 @@ def to_rgb(im: Image.Image, # a Pillow picture of any mode
     return im.convert("RGB")
 
 # %% ../../nbs/13_data.pictures.ipynb #793e8479
+@contextmanager
+def _hushed(hush: bool) -> Iterator[None]:
+    "Nothing reaches the process's error stream: libtiff complains there, past Python, of what Pillow raises anyway."
+    try: kept = os.dup(2) if hush else None
+    except OSError: kept = None # there is no such stream
+    if kept is None: yield; return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try: os.dup2(nowhere, 2); yield
+    finally: os.dup2(kept, 2); os.close(kept); os.close(nowhere)
+
 def _decode(im: Image.Image) -> Image.Image:
     "Pixels of an opened picture, upright, as RGB."
-    im.load()
+    with _hushed(im.format == "TIFF"): im.load()
     try: im = ImageOps.exif_transpose(im)
     except Exception: pass  # the note is damaged, the pixels are not
     return to_rgb(im)

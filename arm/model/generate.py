@@ -213,7 +213,7 @@ def generate_images(
     guidance: Guidance = Guidance(), # scales and form
     seeds: int | list[int] = 0, # one per sample (P*G), or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
-    batch_size: int = 256, # rows at the same time, all branches counted; the samples of one prompt always run together
+    batch_size: int = 256, # rows at the same time, all branches counted; also of one prompt's samples, but for one sample with its branches
     watch: Callable[[Tensor, Tensor], None] | None = None, # see `image_steps`
 ) -> list[Tensor]: # P*G tensors (N,) of codes, the samples of a prompt contiguous; stack them where grids agree
     "Draw pictures as codes."
@@ -223,11 +223,14 @@ def generate_images(
     for edit in (False, True): # their branches differ
         weights = guidance.weights(edit)
         todo = sorted((i for i, p in enumerate(prompts) if (p.source is not None) == edit), key=size) # like with like
-        step = max(1, batch_size // (num_generations * len(weights)))
+        most = max(1, min(num_generations, batch_size // len(weights))) # samples of a prompt at the same time
+        step = max(1, batch_size // (most * len(weights)))
         for chunk in (todo[a:a + step] for a in range(0, len(todo), step)):
-            mine = [s for i in chunk for s in seeds[i * num_generations:(i + 1) * num_generations]]
-            for codes in image_steps(model, [prompts[i] for i in chunk], num_generations, sampling, weights, mine, watch): pass
-            for j, i in enumerate(chunk): out[i] = [c[:math.prod(prompts[i].grid)].cpu() for c in codes[j * num_generations:(j + 1) * num_generations]]
+            for first in range(0, num_generations, most):
+                n = min(most, num_generations - first)
+                mine = [s for i in chunk for s in seeds[i * num_generations + first:][:n]]
+                for codes in image_steps(model, [prompts[i] for i in chunk], n, sampling, weights, mine, watch): pass
+                for j, i in enumerate(chunk): out.setdefault(i, []).extend(c[:math.prod(prompts[i].grid)].cpu() for c in codes[j * n:(j + 1) * n])
     return [c for i in range(len(prompts)) for c in out[i]]
 
 # %% ../../nbs/33_model.generate.ipynb #16a5fed0

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from ..core import config_from_dict, config_to_dict, device_of, load_json, load_tensors, load_weights, save_json, save_tensors, to_float, to_pil, to_uint8
+from ..core import config_from_dict, config_to_dict, device_of, load_json, load_module, save_json, save_tensors, to_float, to_pil, to_uint8
 from ..data.pictures import fit_picture, noted_grids, open_picture
 from ..data.text import TextTokenizer
 from .generate import Guidance, Sampling, generate_images, generate_text, write_plans
@@ -103,8 +103,8 @@ class ArmFolder(ArmBase):
         config = load_json(path / "config.json")
         if config.get("format") != FORMAT or not all(isinstance(config.get(k), dict) for k in ("tokenizer", "arm", "card")):
             raise ValueError(f"{path / 'config.json'}: not the configuration of an arm model (format {config.get('format')!r}, expected {FORMAT}); give a folder written by save_pretrained")
-        tokenizer, model = VisualTokenizer(config_from_dict(TokenizerConfig, config["tokenizer"])), ARM(config_from_dict(ARMConfig, config["arm"]))
-        for name, part in (("tokenizer", tokenizer), ("arm", model)): load_weights(part, load_tensors(file := cls.file(path, f"{name}.safetensors")), source=file)
+        parts = ("tokenizer", VisualTokenizer, config_from_dict(TokenizerConfig, config["tokenizer"])), ("arm", ARM, config_from_dict(ARMConfig, config["arm"]))
+        tokenizer, model = (load_module(lambda: kind(sizes), cls.file(path, f"{name}.safetensors")) for name, kind, sizes in parts)
         if (told := config.get("codes")) and told != digest(tokenizer.down): raise ValueError(f"{path}: its transformer speaks the codes of another tokenizer than that of {config.get('base') or 'this folder'}; put its own tokenizer.safetensors beside it")
         arm = cls(tokenizer, model, TextTokenizer.from_file(cls.file(path, "text.json")), config["card"]).to(device)
         by_columns(arm.model)
@@ -116,10 +116,10 @@ class ArmFolder(ArmBase):
         name:str, # of a file that belongs to it
     ) -> Path: # in the folder, or in the neighbour that it shares files with
         "Where a model's file lies."
-        base = load_json(Path(path) / "config.json").get("base")
-        if base is None or (Path(path) / name).exists(): return Path(path) / name
+        if (base := load_json(Path(path) / "config.json").get("base")) is None or (Path(path) / name).exists(): return Path(path) / name
         if not isinstance(base, str) or Path(base).name != base or base in ("", ".", ".."): raise ValueError(f"{Path(path) / 'config.json'}: base {base!r} is not the name of a folder beside this one; give a plain name such as \"tiny\"")
-        return Path(path).parent / base / name
+        if not (there := Path(path).parent / base / name).exists(): raise ValueError(f"{path}: it shares {name} with a model folder {base!r}, which is not beside it; copy that folder, too, or write a whole one where both are: Arm.from_pretrained(...).save_pretrained(DIR)")
+        return there
 
     def save_pretrained(self,
         path:str|Path, # folder, made if missing

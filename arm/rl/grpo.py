@@ -134,7 +134,7 @@ class GRPOConfig:
     beta:float=.01 # weight of the KL divergence from the reference
     loss_type:LossType="grpo" # how tokens are averaged
     importance_sampling_level:Literal["token", "sequence"]="token" # ratio per token, or per sample
-    max_tokens:int=36 # most visual tokens of a sample, for `dr_grpo`
+    max_tokens:int=36 # most tokens of a sample that learn, for `dr_grpo`: codes, and words where they learn, too
 
     def __post_init__(self):
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -172,7 +172,7 @@ def grpo_loss(
     ref_per_token_logps:Tensor|None=None, # (B, T) under the frozen reference, for k3
     per_token_kl:Tensor|None=None, # (B, T) ready-made KL with gradient, as from `kl_exact`; takes the place of k3
     below:Tensor|None=None, # denominator of the whole batch that this is a piece of; None takes this batch's own
-) -> tuple[Tensor, dict[str, Tensor]]: # scalar loss; detached scalars for the log
+) -> tuple[Tensor, dict[str, Tensor]]: # scalar loss; detached scalars for the log, `kl` NaN where there is no reference
     "Clipped policy loss plus beta times KL (DeepSeekMath, arXiv 2402.03300, eq. 3)."
     shapes = {tuple(x.shape) for x in (per_token_logps, old_per_token_logps, mask, ref_per_token_logps, per_token_kl) if x is not None}
     if len(shapes) > 1 or advantages.shape != per_token_logps.shape[:1]:
@@ -183,7 +183,7 @@ def grpo_loss(
     new, old = (torch.where(mask, x.float(), 0.) for x in (per_token_logps, old_per_token_logps))
     ratio = importance_ratio(new, old, mask, cfg.importance_sampling_level)
     objective, low, high = clipped_objective(ratio, advantages.float().nan_to_num(nan=0.)[:, None], cfg.epsilon, cfg.epsilon_high)
-    if per_token_kl is None: kl = torch.zeros_like(new) if ref_per_token_logps is None else kl_k3(new, torch.where(mask, ref_per_token_logps.float(), 0.))
+    if per_token_kl is None: kl = torch.full_like(new, torch.nan) if ref_per_token_logps is None else kl_k3(new, torch.where(mask, ref_per_token_logps.float(), 0.))
     else: kl = torch.where(mask, per_token_kl.float(), 0.)
     if below is None: below = denominator(mask, cfg.loss_type, cfg.max_tokens)
     policy = aggregate(-objective, mask, cfg.loss_type, below)

@@ -108,6 +108,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         if min(self.dim, self.n_layer, self.n_head, self.patch_size) < 1: raise ValueError(f"{self}: all sizes are at least 1; try DecoderConfig.tiny()")
+        if self.dim > 2**16 or self.n_layer > 1000 or self.patch_size > 256: raise ValueError(f"{self}: a width of at most 65536, 1000 blocks and patches of 256 px; give smaller sizes")
         if self.dim % 4 or self.dim % self.n_head: raise ValueError(f"dim={self.dim} with n_head={self.n_head}: a width is a multiple of 4 (for positions) and of its heads; change one of them")
 
     @classmethod

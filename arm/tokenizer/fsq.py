@@ -68,6 +68,7 @@ class FSQ(nn.Module):
         "The exact inverse of `codes_to_indices`."
         if indices.is_floating_point(): raise ValueError(f"indices are {indices.dtype}: integers are needed, bfloat16 cannot hold 65,535; pass int64")
         if indices.numel() and (indices.min() < 0 or indices.max() >= self.codebook_size):
+            if indices.min() < -2**62: raise ValueError("indices are those of codes that are not numbers (NaN): the training has diverged; lower its learning rate")
             raise ValueError(f"indices span [{indices.min()}, {indices.max()}]: they must lie in [0, {self.codebook_size}); is a text id among them?")
         digits = indices[..., None] // self.basis % self.levels
         return digits.float() * 2 / (self.levels - 1) - 1

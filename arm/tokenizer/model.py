@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TokenizerConfig', 'DownProjection', 'Sketcher', 'StagedProjection', 'FactoredProjection', 'UpProjection',
-           'VisualTokenizer', 'frozen_codes', 'flip_bits', 'locality']
+           'VisualTokenizer', 'frozen_codes', 'flip_bits', 'check_flips', 'locality']
 
 # %% ../../nbs/24_tokenizer.model.ipynb #f526e8f0
 from dataclasses import dataclass, field
@@ -34,6 +34,9 @@ class TokenizerConfig:
     weights:LossWeights = field(default_factory=LossWeights) # of the four objectives
 
     def __post_init__(self):
+        for name, most in (("patch_size", 256), ("down_dim", 2**16), ("up_dim", 2**16), ("feature_dim", 2**16), ("reader_dim", 2**16), ("down_layer", 1000), ("up_layer", 1000)): # no file can make us build more
+            if not (least := int("layer" not in name)) <= (d := getattr(self, name)) <= most: raise ValueError(f"{name}={d}: it must lie in [{least}, {most}]; correct it")
+        if len(self.levels) > 64: raise ValueError(f"{len(self.levels)} levels: at most 64 channels; use fewer")
         if self.source not in ("features", "patch", "both"): raise ValueError(f"source={self.source!r}: choose 'features', 'patch' or 'both'")
         for name, head in (("up_dim", 32), ("down_dim", 64))[:1 + (self.down_layer > 0)]:
             if (d := getattr(self, name)) < 4 or d % 4 or d % max(1, d // head): raise ValueError(f"{name}={d}: a width is a multiple of 4 (for positions) and of its {max(1, d // head)} heads; try {max(1, round(d / head)) * head}")
@@ -274,7 +277,18 @@ def flip_bits(
     generator:torch.Generator|None=None, # source of randomness
 ) -> Tensor: # (B, N, Q)
     "Flip a random share of the bits: what the decoder learns to forgive (as BSQ tokenizers do in training)."
+    if not 0 <= rate <= 1: raise ValueError(f"rate={rate}: a share of bits lies in [0, 1]; correct it")
     return codes * (1 - 2 * (torch.rand(codes.shape, generator=generator, device=codes.device) < rate).float())
+
+def check_flips(
+    quantizer:nn.Module, # `codes_to_indices`, `indices_to_codes`, `codebook_size`
+    rate:float, # share of bits to flip
+) -> None:
+    "Refuse flips where a code with another sign is no code."
+    if not rate: return
+    codes = quantizer.indices_to_codes(torch.arange(min(256, quantizer.codebook_size), device=next((t.device for t in quantizer.buffers()), None)))
+    flipped = quantizer.codes_to_indices(-codes)
+    if flipped.min() < 0 or flipped.max() >= quantizer.codebook_size or not torch.allclose(quantizer.indices_to_codes(flipped), -codes, atol=1e-5): raise ValueError(f"flip_rate={rate} for {type(quantizer).__name__}: its codes with another sign are no codes, so there are no bits to flip; use flip_rate=0, or a binary quantizer")
 
 # %% ../../nbs/24_tokenizer.model.ipynb #85658a3e
 def locality(
@@ -284,7 +298,7 @@ def locality(
     target_codes:Tensor, # (B, N, Q)
     patch:int, # px
 ) -> dict[str, float]: # codes_changed and bits_changed where the patch is identical, patches_changed
-    "Share of codes (and bits) that change in patches whose pixels do not: 0 is perfectly local."
+    "Share of codes, and of their numbers (bits, where they are binary), that change in patches whose pixels do not: 0 is perfectly local."
     same = (patchify(source, patch) == patchify(target, patch)).all(-1)
     diff = source_codes != target_codes
     return dict(patches_changed=1 - float(same.float().mean()), codes_changed=float(diff.any(-1)[same].float().mean()), bits_changed=float(diff[same].float().mean()))

@@ -217,7 +217,7 @@ DOWNSTREAM_STUDIES:dict[str, Study] = {
     "downstream-bits": Study(question="How many bits per token can a small transformer predict?", row=train_downstream, scored_by="downstream",
                              variants={k: Downstream(variant=_alone(v)) for k, v in STUDIES["bits"].variants.items()}),
     "downstream-quantizers": Study(question="At equal bits, whose codes does a transformer draw from best?", row=train_downstream, scored_by="downstream",
-                                   variants={k: Downstream(variant=_alone(STUDIES["quantizers"].variants[k])) for k in ("our FSQ", "fsq_4", "bsq_loud", "vq", "rvq", "fsq_textbook", "bsq_entropy")}),
+                                   variants={k: Downstream(variant=_alone(STUDIES["quantizers"].variants[k])) for k in ("our FSQ", "fsq_4", "bsq", "vq", "rvq", "fsq_textbook", "bsq_entropy")}),
     "downstream-dealt": Study(question="Is it locality itself that decides, with meaning and paint the same to the last bit?", row=train_downstream, scored_by="downstream",
                               variants={"each patch alone": Downstream(variant=_alone(STUDIES["bits"].variants["16 bits"])),
                                         **{f"{k} bits elsewhere": DealtDownstream(variant=_alone(STUDIES["bits"].variants["16 bits"]), n_moved=k) for k in (16, 4)}}),

@@ -15,7 +15,7 @@ from ..core import load_json, load_tensors, load_weights, make_rng, pick_device,
 from ..model.tasks import Arm
 from ..tokenizer.detokenizer import Detokenizer, DetokenizerConfig, FeedForward, LatentDiT, Painter, PainterConfig, Renderer, flow_loss, painter_loss, reflow_ends, time_shift
 from ..tokenizer.renderfiles import digest, fingerprint, save_renderer
-from ..tokenizer.model import VisualTokenizer, flip_bits, frozen_codes
+from ..tokenizer.model import VisualTokenizer, check_flips, flip_bits, frozen_codes
 from ..tokenizer.siglip import SiglipTowers, freeze
 from ..tokenizer.vae import VAE, VAEConfig, calibrate, vae_loss
 from .data import Pictures, mixed_pictures
@@ -59,6 +59,7 @@ class OnCodes(L.LightningModule):
         towers:SiglipTowers|None=None, # frozen, whose features the codes are made of; None: the codes are made of pixels
     ):
         super().__init__()
+        check_flips(tokenizer.fsq, flip_rate)
         self.tokenizer, self.network, self.towers = freeze(tokenizer), network, freeze(towers) if towers is not None else None
         if towers is None and tokenizer.cfg.source != "patch": raise ValueError(f"a tokenizer with source={tokenizer.cfg.source!r} makes codes of a frozen encoder's features; give its towers")
         self.n_steps, self.lr, self.flip_rate, self.seed = n_steps, lr, flip_rate, seed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.text import TextTokenizer
 from ..tokenizer.losses import caption_loss, coarse_square, feature_loss, noised, pixel_flow_loss, sigmoid_loss, total_loss
 from ..tokenizer.decoder import patchify, unpatchify
-from ..tokenizer.model import VisualTokenizer, flip_bits, frozen_codes
+from ..tokenizer.model import VisualTokenizer, check_flips, flip_bits, frozen_codes
 from ..tokenizer.siglip import CaptionReader, SiglipTowers, freeze
 from .data import Pictures
 
@@ -285,6 +285,8 @@ class LitTokenizer(ProjectionLosses):
         seed:int=0, # of noise and times
     ):
         if stage not in ("joint", "decoder"): raise ValueError(f"stage={stage!r}: choose 'joint' or 'decoder'")
+        if stage == "decoder" and not tokenizer.cfg.weights.pix: raise ValueError("stage='decoder' with weights.pix=0: it learns from pixels alone, so nothing would be learnt; give the pixels a weight")
+        check_flips(tokenizer.fsq, flip_rate)
         super().__init__(tokenizer, towers, reader, text, coarse)
         self.n_steps, self.lr, self.stage, self.seed = n_steps, lr, stage, seed
         self.semantic_every, self.n_structure, self.palette, self.flip_rate, self.recolour, self.zero_share = semantic_every, n_structure, palette, flip_rate, recolour, zero_share

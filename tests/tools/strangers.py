@@ -89,3 +89,11 @@ def png16(levels: np.ndarray) -> bytes:
     "A picture of 16 bits per channel, from (H, W, 2, 3 or 4) numbers up to 65,535: grey and opacity, RGB, RGB and opacity."
     h, w, channels = levels.shape
     return png(w, h, 16, {2: 4, 3: 2, 4: 6}[channels], b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))
+
+
+def tiff(side: int, tile: int) -> bytes:
+    "A black TIFF of one deflated tile, which may be far larger than the picture; made without holding its pixels."
+    pack, row = zlib.compressobj(9), bytes(tile)
+    data = b"".join(pack.compress(row) for _ in range(tile)) + pack.flush()
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8 + 2 + 10*12 + 4, 325: len(data)}
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + data
