@@ -1413,6 +1413,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'arm.tokenizer.losses': { 'arm.tokenizer.losses.LossWeights': ('tokenizer.losses.html#lossweights', 'arm/tokenizer/losses.py'),
                                       'arm.tokenizer.losses.LossWeights.__post_init__': ( 'tokenizer.losses.html#lossweights.__post_init__',
                                                                                           'arm/tokenizer/losses.py'),
+                                      'arm.tokenizer.losses.LossWeights.paper': ( 'tokenizer.losses.html#lossweights.paper',
+                                                                                  'arm/tokenizer/losses.py'),
                                       'arm.tokenizer.losses.caption_loss': ( 'tokenizer.losses.html#caption_loss',
                                                                              'arm/tokenizer/losses.py'),
                                       'arm.tokenizer.losses.coarse_square': ( 'tokenizer.losses.html#coarse_square',

@@ -593,6 +593,13 @@ def test_help_has_examples(command):
     assert (code, err) == (0, "") and f"examples:\n  arm {command}" in out
 
 
+@pytest.mark.parametrize("stage", ["teacher", "all", "grpo", "codes"])
+def test_help_of_a_stage_has_an_example(stage):
+    code, out, err = run("train", stage, "--help")
+    assert (code, err) == (0, "") and f"example: arm train {stage} --" in " ".join(out.split())
+    assert stage in run("train", "--help")[1]
+
+
 def test_help_lists_all_commands():
     for argv in (["--help"], []):
         code, out, _ = run(*argv)
@@ -610,7 +617,6 @@ def test_compare_holds_two_models_against_each_other(here, model):
     found = json.loads(Path("new/compared.json").read_text())
     assert set(found) == {"shapes/t2i", "shapes/t2i_unseen", "shapes/edit"} and all(d["value"] == 0 == d["gained"] for f in found.values() for d in f["equal"].values()), "a model is as good as itself"
     for wrong in (["--temperatures", "-1"], ["--temperatures", "1", "1"], ["--n", "0"], ["--worlds", "mars"], ["--device", "toaster"]): refused(here, "compare", model, model, "--n", "2", *wrong)
-
 
 
 def test_eval_prints_and_writes_scores(here, model):

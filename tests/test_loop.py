@@ -20,6 +20,8 @@ from arm.rl.recipe import PhaseConfig, grpo_recipe, told
 from arm.rl.rewards import Reward
 from arm.tokenizer.model import VisualTokenizer
 from arm.train.processes import run_processes
+from arm.eval.compare import tasks
+from arm.eval.scores import share
 from arm.train.meanwhile import read_log
 from arm.train.run import fit
 from test_train import SIZES, TEXT, PowerCut
@@ -136,6 +138,16 @@ def test_the_weights_after_reinforcement_share_the_tokenizer_of_the_start():
     one, two = (load_json(models/name/"scores.json") for name in ("tiny", "tiny-rl"))
     assert one.keys() == two.keys() and all(one[k]["n"] == two[k]["n"] for k in one)
     assert two["shapes/t2i/strict/t1"]["low"] > one["shapes/t2i/strict/t1"]["high"]  # what the README claims
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-rl"])
+def test_the_shipped_weights_score_as_their_file_says(name):
+    folder = ROOT/"data"/"models"/name
+    arm, told = Arm.from_pretrained(folder), load_json(folder/"scores.json")
+    few = tasks(60, worlds=("shapes",))
+    for task in ("shapes/t2i", "shapes/edit"):
+        found = share(few[task].judge(arm, 0., 0))
+        assert found["low"] <= told[f"{task}/strict/greedy"]["value"] <= found["high"], (task, found)  # other weights would hardly land here: an untrained model has none right
 
 
 def test_train_grpo_is_a_command(tmp_path, capsys):

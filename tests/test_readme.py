@@ -6,6 +6,9 @@ import pytest
 from tools.readme import from_root, outside_code, relink, render
 from tools.repo import ROOT, pages, tracked
 
+from arm.core import load_json
+from arm.eval.suite import score_table
+
 FILES = {str(p.path.relative_to(ROOT)): p.path for p in pages()} | {str(p.relative_to(ROOT)): p for p in tracked() if p.suffix == ".md"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|<(?:img|a)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"")
 
@@ -27,6 +30,12 @@ def anchors(path) -> set[str]:
 
 def test_readme_is_the_rendered_index():
     assert (ROOT/"README.md").read_text(encoding="utf-8") == render(), "run `make readme` and commit README.md"
+
+
+@pytest.mark.parametrize("record, quick", [("models/tiny-rl/scores.json", False), ("studies/quick.json", True)])
+def test_tables_are_those_of_the_records(record, quick):
+    lost = [line for line in score_table(load_json(ROOT/"data"/record), quick=quick).splitlines() if line not in (ROOT/"README.md").read_text(encoding="utf-8")]
+    assert not lost, f"run the index anew, then `make readme`; the README lacks {lost[:2]}"
 
 
 def test_links_are_seen_from_the_root():

@@ -32,13 +32,14 @@ def read_settings(argv: Sequence[str], # the words after the command
                   stages: dict[str, Callable], # name of each stage, and the function that it runs
                   prog: str, # the command, such as "arm train"
                   about: str, # what it does, for its help
+                  examples: dict[str, str] | None = None, # of a stage, the words after its name, for its help
                   ) -> tuple[str, dict]: # the stage, and its function's arguments
     "Read which stage to run, and its settings, from words and from a YAML file named by --config."
     from jsonargparse import ArgumentParser
     top = ArgumentParser(prog=prog, exit_on_error=False, description=about)
     subs, switches, lists = top.add_subcommands(dest="stage", title="stages", metavar="STAGE"), set(), set()
     for stage, fn in stages.items():
-        p = ArgumentParser(exit_on_error=False, description=fn.__doc__)
+        p = ArgumentParser(exit_on_error=False, description=fn.__doc__, epilog=f"example: {prog} {stage} {e}" if (e := (examples or {}).get(stage)) is not None else None)
         p.add_argument("--config", action="config", help="YAML file with these settings")
         p.add_function_arguments(with_notes(fn), skip={"stage"})
         subs.add_subcommand(stage, p, help=fn.__doc__)

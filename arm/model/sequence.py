@@ -275,7 +275,7 @@ def pack(
     max_tokens: int, # length of a row
     look_ahead: int = 32, # see `pack_rows`
 ) -> Batch: # (rows, max_tokens), documents numbered within their row, positions restarting
-    "Several documents per row, so that hardly anything is padding."
+    "Several documents per row: the longer the row, the less padding."
     rows = pack_rows([len(s.input_ids) for s in samples], max_tokens, look_ahead)
     shape = (len(rows), max_tokens)
     ids, labels = torch.full(shape, vocab.pad), torch.full(shape, IGNORE)

@@ -145,7 +145,7 @@ class GRPOParts(L.LightningModule):
             out += [rows[a:a + self.part_rows] for a in range(0, len(rows), self.part_rows)]
         return out
 
-# %% ../../nbs/63_rl.loop.ipynb #c2c92d68
+# %% ../../nbs/63_rl.loop.ipynb #985949a3
 class Known(torch.autograd.Function):
     "A loss whose gradients are there already: what a backward pass finds is what was summed up part by part."
     @staticmethod
@@ -156,6 +156,7 @@ class Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx, above): return None, None, *(g * above for g in ctx.grads)
 
+# %% ../../nbs/63_rl.loop.ipynb #c2c92d68
 class GRPOUpdate(GRPOParts):
     "The loss of one update, over all processes."
     def whole(self,

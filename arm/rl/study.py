@@ -218,6 +218,8 @@ class Recipe:
     start:ClassVar[str] = "" # see `Diet`, as for the others
     rewards:ClassVar[dict] = {}
     kinds:ClassVar[tuple] = ()
+    words:ClassVar[bool] = False
+    replay:ClassVar[int] = 0
 
     def __post_init__(self):
         if wrong := [p for p in self.phases if p not in PHASES]: raise ValueError(f"Recipe.phases names {wrong[0]!r}; use some of {', '.join(PHASES)}")
@@ -238,15 +240,18 @@ class Recipe:
 
 @dataclass(kw_only=True, frozen=True)
 class Diet(Recipe):
-    "A recipe with a start, marks or edits of its own."
+    "A recipe with a start, marks, edits, words or a rehearsal of its own."
     start:str="" # model folder; empty: data/models/tiny
     rewards:dict=field(default_factory=dict) # weights of the parts of a mark, see `reward_weights`; empty: the usual ones
     kinds:tuple[str, ...]=() # of edits, see `EDIT_KINDS`; empty: all
+    words:bool=False # every drawing writes words of its own and learns from them, as in the shipped run
+    replay:int=0 # supervised documents beside each update, likewise; the shipped run has 32
 
     def __post_init__(self):
         super().__post_init__()
         reward_weights(self.rewards, ("t2i", "edit")) # refuses what is wrong
         if wrong := [k for k in self.kinds if k not in EDIT_KINDS]: raise ValueError(f"Diet.kinds names {wrong[0]!r}; use some of {', '.join(EDIT_KINDS)}")
+        if self.kinds and (self.words or self.replay): raise ValueError(f"Diet.kinds={self.kinds!r} with words or replay: some kinds of edits are learnt from their codes alone; leave words and replay out")
         if self.kinds and not {"edit", "joint"} & set(self.phases): raise ValueError(f"Diet.kinds={self.kinds!r} with phases {self.phases!r}: none of them edits; add one that does, or leave the kinds out")
 
 class KindItems(TrainingItems):
@@ -281,7 +286,7 @@ def train_recipe(
     arm, n = Arm.from_pretrained(recipe.start or DATA / "models" / "tiny"), len(recipe.phases)
     if row := begin_row(path, weights := digest(arm.model)): return row
     for k, phase in enumerate(recipe.phases):
-        cfg = PhaseConfig(steps=recipe.steps * (k + 1) // n - recipe.steps * k // n, lr=recipe.lr, beta=recipe.beta, rewards=recipe.rewards, seed=seed)
+        cfg = PhaseConfig(steps=recipe.steps * (k + 1) // n - recipe.steps * k // n, lr=recipe.lr, beta=recipe.beta, rewards=recipe.rewards, words=recipe.words, replay=recipe.replay, seed=seed)
         _phase(arm, path / f"{k}-{phase}", phase, cfg, recipe.kinds)
     found = score(arm) | dict(steps=float(recipe.steps if n else 0))
     row, items = ({k: v for k, v in found.items() if isinstance(v, str) == kept} for kept in (False, True))

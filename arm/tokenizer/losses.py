@@ -99,6 +99,11 @@ class LossWeights:
         for name, w in vars(self).items():
             if not w >= 0: raise ValueError(f"LossWeights.{name}={w!r}: a weight is a number of at least 0; use 0 to switch the objective off")
 
+    @classmethod
+    def paper(cls) -> "LossWeights":
+        "1, 5, 5, 1 (ARM eq. 4, as reported); the defaults."
+        return cls()
+
 # %% ../../nbs/22_tokenizer.losses.ipynb #93c7088c
 def total_loss(
     losses:dict[str, Tensor], # objective -> its value, any of cap, pix, sig, feat
