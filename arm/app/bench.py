@@ -194,6 +194,7 @@ def rollouts(
     samples: int = 8, # of each prompt; one is a caption, one an edit
     repeats: int = 5, # turns that count
     bound: float = 1.5, # what was asked for
+    words: bool = False, # every picture is planned in words of its own first, as in the shipped run
 ) -> Outcome: # ratio: seconds per picture of the verbs, called once per sample, over those of a rollout
     "Drawings for reinforcement learning, by the shipped model."
     arm = Arm.from_pretrained(DATA / "models" / "tiny")
@@ -201,12 +202,12 @@ def rollouts(
     caption, edit = items = [source(make_rng(0, "speed", task), task) for task in ("t2i", "edit")]
     before, size = render(edit.judge.keywords["scene"]), [s * arm.patch for s in caption.prompt.grid]
     def verbs():
-        drawn = [arm.imagine(caption.words, size, 1, seed=caption.seed + g, plan=False)[0] for g in range(samples)]
-        return drawn + [arm.edit(before, edit.words, 1, seed=edit.seed + g, temperature=1., plan=False)[0] for g in range(samples)]
-    seconds, out = race({"verbs": verbs, "rollout": lambda: rollout(arm.model, arm.tokenizer, items, GRPOConfig(num_generations=samples))}, repeats)
+        drawn = [arm.imagine(caption.words, size, 1, seed=caption.seed + g, plan=words)[0] for g in range(samples)]
+        return drawn + [arm.edit(before, edit.words, 1, seed=edit.seed + g, temperature=1., plan=words)[0] for g in range(samples)]
+    seconds, out = race({"verbs": verbs, "rollout": lambda: rollout(arm.model, arm.tokenizer, items, GRPOConfig(num_generations=samples), plan=words, own=words)}, repeats)
     same = sum(im.info[NOTE].split()[2:] == [*map(str, c.tolist())] for im, c in zip(out["verbs"], out["rollout"].codes))
     if same < 2 * samples - 1: raise ValueError(f"{2 * samples - same} of {2 * samples} pictures have other codes; a comparison of different work is worth nothing") # rounding differs with the size of a batch, and may turn one choice
-    return Outcome(f"rollout, {samples} samples of a caption and of an edit", "imagine and edit, once per sample", [a / b for a, b in zip(seconds["verbs"], seconds["rollout"])], bound, True, f"{same} of {2 * samples} pictures equal")
+    return Outcome(f"rollout{', with words' * words}, {samples} samples of a caption and of an edit", "imagine and edit, once per sample", [a / b for a, b in zip(seconds["verbs"], seconds["rollout"])], bound, True, f"{same} of {2 * samples} pictures equal")
 
 # %% ../../nbs/91n_app.bench.ipynb #8aa6f75e
 RACES = {"generation": lambda r: [generation("tiny", 1, 64, r, 5.), generation("25M", 1, 32, r, 2.), generation("135M", 1, 16, r, 1.2)],
@@ -217,7 +218,7 @@ RACES = {"generation": lambda r: [generation("tiny", 1, 64, r, 5.), generation("
          "peak": lambda r: [peak_share("25M", 16, r)],
          "loss": lambda r: [loss_memory(2048, 64)],
          "encoding": lambda r: [encoding(repeats=r)],
-         "rollouts": lambda r: [rollouts(repeats=r)]}
+         "rollouts": lambda r: [rollouts(repeats=r), rollouts(repeats=r, words=True)]}
 
 def machine() -> dict: # plain data
     "What the numbers depend on."

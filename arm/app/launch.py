@@ -58,7 +58,7 @@ def slurm_file(
 ) -> str: # a script
     "For SLURM: one process per GPU; a job that fails is queued again, at most RESTARTS times, and goes on from its checkpoint. A refusal (2), `scancel` and the time limit end it."
     return f'''#!/bin/bash
-# {TITLES[stage]}. From the top of the repository: mkdir -p runs && sbatch data/launch/{stage}.sbatch
+# {TITLES[stage]}. From the top of the repository (source .venv/bin/activate): mkdir -p runs && sbatch data/launch/{stage}.sbatch
 #SBATCH --job-name=arm-{stage}
 #SBATCH --nodes={stage_numbers(stage)["gpus"][0] // GPUS_PER_NODE}
 #SBATCH --ntasks-per-node={GPUS_PER_NODE}
@@ -91,7 +91,7 @@ def torchrun_file(
 ) -> str: # a script
     "For torchrun: typed on every machine; after a failure all processes start again, at most RESTARTS times."
     return f'''#!/bin/bash
-# {TITLES[stage]}. On each machine, from the top of the repository: HEAD=first-machine data/launch/{stage}.sh
+# {TITLES[stage]}. On each machine, from the top of the repository (source .venv/bin/activate): HEAD=first-machine data/launch/{stage}.sh
 # Fewer machines: NODES=5 GPUS=8 HEAD=first-machine data/launch/{stage}.sh {fewer(stage)}
 set -euo pipefail
 : "${{HEAD:?name the first machine, such as HEAD=node01}}"

@@ -69,7 +69,7 @@ def chart(
 # %% ../../nbs/90b_app.runreport.ipynb #810ad7aa
 NAMES = dict(loss="loss of all labelled tokens", text="loss of words", visual="loss of visual codes", sig="sigmoid loss of the towers", cap="loss of the caption reader", pix="pixels (flow loss)", feat="distance of features",
              sketch="sketch of the picture", palette="palette", structure="structure", reward="reward", kl="KL divergence from the reference", entropy="entropy of drawn codes", t2i_strict="captions drawn right", edit_strict="edits done right",
-             live_samples="samples that teach something", clip_fraction="share of clipped ratios", surprise="surprise of drawn tokens", ratio_min="smallest ratio of probabilities", ratio_max="largest ratio of probabilities", no_verdict="share without a verdict", replay="loss of rehearsed documents", policy_loss="policy loss", drift="drift since the drawing")
+             live_samples="samples that teach something", clip_fraction="share of clipped ratios", surprise="surprise of drawn tokens", ratio_min="smallest ratio of probabilities", ratio_max="largest ratio of probabilities", no_verdict="share without a verdict", replay="loss of rehearsed documents", policy_loss="policy loss", drift="drift since the drawing", apart="learner against whoever drew, nats per code")
 FIRST = ("loss", "text", "visual", "sig", "cap", "pix", "feat", "sketch", "palette", "structure", "reward", "t2i_strict", "edit_strict", "kl", "entropy", "ratio_min", "ratio_max", "clip_fraction", "live_samples") # shown; others are folded away
 WORDS = {"normal": "right", "higher": "wrong", "lower": "wrong", "noisy": "wrong", "short": "soft"} # style of a verdict
 

@@ -172,7 +172,7 @@ def image_steps(
     sampling: Sampling, # temperature and filters
     weights: dict[str, float], # branches and their shares, from `Guidance.weights`
     seeds: list[int], # P*G
-    watch: Callable[[Tensor, Tensor], None] | None = None, # told of each group of bits of every code, before it is drawn: (P*G,V) mixed logits, and (P*G,) bool, whose pictures have that code
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None, # told of each group of bits of every code: (P*G,V) mixed logits, (P*G,) bool, whose pictures have that code, and (P*G,) what was drawn
 ) -> Iterator[Tensor]: # (P*G, i) codes so far, i = 1..N of the largest grid; smaller pictures are done earlier
     "All samples of some prompts in one batch, all branches side by side, code by code."
     v, R, device = model.vocab, len(weights), model.text_weight.device
@@ -186,8 +186,9 @@ def image_steps(
         h = decoder.hidden.unflatten(0, (R, -1)) # (R,n,D)
         def choose(logits, g):
             mixed = mix(logits)
-            if watch: watch(mixed, i < grids.prod(-1))
-            return draw(mixed, u[:, i, g], sampling)
+            picked = draw(mixed, u[:, i, g], sampling)
+            if watch: watch(mixed, i < grids.prod(-1), picked)
+            return picked
         codes[:, i] = model.visual_head.sample(h, choose)
         yield codes[:, :i + 1]
 
@@ -214,7 +215,7 @@ def generate_images(
     seeds: int | list[int] = 0, # one per sample (P*G), or s for s, s+1, ...
     dtype: torch.dtype | None = None, # precision; None: the model's own
     batch_size: int = 256, # rows at the same time, all branches counted; also of one prompt's samples, but for one sample with its branches
-    watch: Callable[[Tensor, Tensor], None] | None = None, # see `image_steps`
+    watch: Callable[[Tensor, Tensor, Tensor, list[int]], None] | None = None, # see `image_steps`; the last argument numbers the rows' samples
 ) -> list[Tensor]: # P*G tensors (N,) of codes, the samples of a prompt contiguous; stack them where grids agree
     "Draw pictures as codes."
     seeds = seed_list(seeds, len(prompts) * num_generations)
@@ -228,8 +229,9 @@ def generate_images(
         for chunk in (todo[a:a + step] for a in range(0, len(todo), step)):
             for first in range(0, num_generations, most):
                 n = min(most, num_generations - first)
-                mine = [s for i in chunk for s in seeds[i * num_generations + first:][:n]]
-                for codes in image_steps(model, [prompts[i] for i in chunk], n, sampling, weights, mine, watch): pass
+                numbers = [i * num_generations + k for i in chunk for k in range(first, first + n)]
+                seen = watch and (lambda *told: watch(*told, numbers))
+                for codes in image_steps(model, [prompts[i] for i in chunk], n, sampling, weights, [seeds[k] for k in numbers], seen): pass
                 for j, i in enumerate(chunk): out.setdefault(i, []).extend(c[:math.prod(prompts[i].grid)].cpu() for c in codes[j * n:(j + 1) * n])
     return [c for i in range(len(prompts)) for c in out[i]]
 

@@ -150,7 +150,7 @@ class GRPOConfig:
 
     @classmethod
     def paper(cls) -> "GRPOConfig":
-        "ARM reports GRPO with a clip and a KL term, not their numbers; group of 64 and beta .04 are DeepSeekMath's (sec. 4.2), epsilon is PPO's."
+        "ARM reports GRPO with a clip and a KL term, not their numbers; group of 64 and beta .04 are DeepSeekMath's (sec. 4.2), epsilon is PPO's. The launch files take groups of 8, so that eighty cards hold eighty prompts."
         return cls(num_generations=64, beta=.04, epsilon=.2, max_tokens=64 * 64) # 1,024 px in patches of 16
 
 def grpo_config(

@@ -23,8 +23,7 @@ from ..model.sequence import ImagePrompt
 from ..model.transformer import ARMConfig
 from .grpo import grpo_config
 from .judge import Judge, JudgeConfig, judge_edits, judge_images, judge_summary
-from .loop import GuidanceMode, scales
-from .prompts import PHASES, Item, ShapesItems, mixed_items, reward_weights
+from .prompts import PHASES, GuidanceMode, Item, ShapesItems, mixed_items, reward_weights, scales
 from .rewards import Reward
 from .rubrics import RUBRICS, Judgement, Opinion, judge_rewards
 from .spread import SpreadGRPO

@@ -21,8 +21,8 @@ from ..data.text import default_tokenizer
 from ..model.generate import Guidance, generate_images, write_plans
 from ..model.tasks import Arm
 from .grpo import GRPOConfig, grpo_config
-from .loop import GuidanceMode, LitGRPO, scales
-from .prompts import PHASES, EmojiItems, ShapesItems, mixed_items, reward_weights, sheet_items, side_by_side
+from .loop import LitGRPO
+from .prompts import PHASES, EmojiItems, GuidanceMode, ShapesItems, mixed_items, reward_weights, scales, sheet_items, side_by_side
 from .rewards import Reward, similarity_rewards
 from ..model.sequence import Batch
 from ..tokenizer.renderfiles import digest

@@ -27,7 +27,7 @@ def dealt(
     n, items = len(rollouts), sum(len(r.codes) // G for r in rollouts)
     at = [(rollouts[i % n], (i // n) * G) for i in range(items)]
     join = lambda field: [x for r, a in at for x in getattr(r, field)[a:a + G]]
-    return Rollout(join("prompts"), join("tasks"), join("codes"), torch.stack(join("advantages")), join("rewards"))
+    return Rollout(join("prompts"), join("tasks"), join("codes"), torch.stack(join("advantages")), join("rewards"), drawn=torch.stack(join("drawn")))
 
 # %% ../../nbs/63a_rl.spread.ipynb #47429404
 def evened(

@@ -26,8 +26,8 @@ from ..model.generate import Guidance
 from ..model.tasks import Arm
 from ..model.transformer import ARM
 from .grpo import GRPOConfig
-from .loop import GuidanceMode, LitGRPO, Rollout, scales
-from .prompts import Item, ShapesItems, mixed_items
+from .loop import LitGRPO
+from .prompts import GuidanceMode, Item, Rollout, ShapesItems, mixed_items, scales
 from .rewards import T2I_WEIGHTS, caption_reward, ink_reward
 from .study import exam, understood
 from ..train.run import fit

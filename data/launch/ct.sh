@@ -1,5 +1,5 @@
 #!/bin/bash
-# Continued training. On each machine, from the top of the repository: HEAD=first-machine data/launch/ct.sh
+# Continued training. On each machine, from the top of the repository (source .venv/bin/activate): HEAD=first-machine data/launch/ct.sh
 # Fewer machines: NODES=5 GPUS=8 HEAD=first-machine data/launch/ct.sh --gpus 40 --accumulate 4
 set -euo pipefail
 : "${HEAD:?name the first machine, such as HEAD=node01}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Pre-training. On each machine, from the top of the repository: HEAD=first-machine data/launch/pt.sh
+# Pre-training. On each machine, from the top of the repository (source .venv/bin/activate): HEAD=first-machine data/launch/pt.sh
 # Fewer machines: NODES=5 GPUS=8 HEAD=first-machine data/launch/pt.sh --gpus 40 --accumulate 5
 set -euo pipefail
 : "${HEAD:?name the first machine, such as HEAD=node01}"

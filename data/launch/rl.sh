@@ -1,5 +1,5 @@
 #!/bin/bash
-# Reinforcement learning. On each machine, from the top of the repository: HEAD=first-machine data/launch/rl.sh
+# Reinforcement learning. On each machine, from the top of the repository (source .venv/bin/activate): HEAD=first-machine data/launch/rl.sh
 # Fewer machines: NODES=5 GPUS=8 HEAD=first-machine data/launch/rl.sh --gpus 40 --accumulate 8
 set -euo pipefail
 : "${HEAD:?name the first machine, such as HEAD=node01}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Supervised fine-tuning. On each machine, from the top of the repository: HEAD=first-machine data/launch/sft.sh
+# Supervised fine-tuning. On each machine, from the top of the repository (source .venv/bin/activate): HEAD=first-machine data/launch/sft.sh
 # Fewer machines: NODES=5 GPUS=8 HEAD=first-machine data/launch/sft.sh --gpus 40 --accumulate 2
 set -euo pipefail
 : "${HEAD:?name the first machine, such as HEAD=node01}"
