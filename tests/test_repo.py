@@ -34,6 +34,38 @@ def test_the_first_gate_looks_at_all_code(monkeypatch):
     assert check.names() == 0
 
 
+def test_a_gate_sees_what_a_command_changes_adds_and_removes(tmp_path, monkeypatch, capsys):
+    git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    git("init", "-q")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "git", lambda *words: [n for n in git(*words, "-z").split("\0") if n])
+    def does(act):
+        for name in ("a", "b"): (tmp_path/name).write_text(name)
+        (tmp_path/"c").unlink(missing_ok=True)
+        git("add", "-A")
+        monkeypatch.setattr(check, "run", lambda *words: act() or 0)
+        return check.no_op("anything"), capsys.readouterr().out.split()
+    assert does(lambda: None) == (False, [])
+    assert does(lambda: (tmp_path/"c").write_text("x") and None) == (True, ["new:", "c"])  # a page without its module
+    assert does((tmp_path/"a").unlink) == (True, ["gone:", "a"]) and does(lambda: (tmp_path/"b").write_text("x") and None) == (True, ["changed:", "b"])
+    assert does(lambda: 3)[0] == 3  # the command itself failed
+
+
+def test_gates_stop_at_the_first_failure(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(check, "STEPS", [(n, lambda n=n: seen.append(n) or int(n == "b"), "mend it") for n in "abc"])
+    assert check.main() == 1 and seen == ["a", "b"] and "[2/3] b: FAILED" in capsys.readouterr().out
+
+
+def test_make_installs_once(tmp_path):
+    for name in ("Makefile", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt"): (tmp_path/name).write_bytes((ROOT/name).read_bytes())
+    dry = lambda: subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in dry() and "arm demo" in dry()
+    (tmp_path/".venv").mkdir()
+    (tmp_path/".venv"/".installed").touch()
+    assert "pip install" not in dry() and "arm demo" in dry()
+
+
 def test_only_what_belongs_lies_at_the_top():
     assert {p.relative_to(ROOT).parts[0] for p in tracked()} <= TOP
 

@@ -138,7 +138,7 @@ class LitARM(L.LightningModule):
         return self.optimizer(self.model, self.lr, self.n_steps, weight_decay=self.weight_decay, hold=self.hold, **more)
 
 # %% ../../nbs/42_train.arm.ipynb #f97c2ea3
-SHARES, RATES, COUNTS = ("plan", "worn", "mirror", "disguised", "hold", "arm_hold"), ("lr", "arm_lr", "questions"), ("steps", "batch", "scenes", "every", "emoji") # names of settings, and ends of names
+SHARES, RATES, COUNTS = ("flips", "plan", "worn", "mirror", "disguised", "hold", "arm_hold"), ("lr", "arm_lr", "questions"), ("steps", "batch", "scenes", "every", "emoji") # names of settings, and ends of names
 
 def check_settings(
     settings:dict, # value by name; names without a rule pass

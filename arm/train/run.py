@@ -46,6 +46,7 @@ class RunConfig:
     arm_hold:float=.7 # share of the transformer's steps at the full rate
     factored:bool=False # codes in two halves that know nothing of each other, see `FactoredProjection`
     stages:tuple[int, ...]=TokenizerConfig.tiny().stages # bits of a code, stage by stage
+    flips:float=0. # share of bits flipped while the codes are learnt, see `flip_bits`
     ffn_dim:int=ARMConfig.tiny().ffn_dim # hidden numbers of the transformer's MLPs
     plan:float=0. # share of documents with words before the picture or the answer
     brief:bool=False # plans of edits tell the change alone, see `edit_plan`
@@ -207,11 +208,11 @@ def train_tokenizer(
     run = run_config(quick, steps, batch, seed=seed, change=change)
     pick_device(device)
     path, text, joint, n = Path(out) / stage, default_tokenizer(), stage == "tokenizer", getattr(run, f"{stage}_steps")
-    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "stages", "seed", stands=not joint)
+    asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "stages", "seed", *["flips"] * (joint and run.flips > 0), stands=not joint)
     if same_settings(path, asked): return
     L.seed_everything(run.seed + 1, verbose=False)
     tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored, stages=run.stages, levels=(2,) * sum(run.stages))) if joint else load_tokenizer(out, "tokenizer")
-    module = LitTokenizer(tokenizer, *load_teacher(out), text, n, stage="joint" if joint else "decoder", flip_rate=0. if joint else .01, recolour=.2 if joint else .1,
+    module = LitTokenizer(tokenizer, *load_teacher(out), text, n, stage="joint" if joint else "decoder", flip_rate=run.flips if joint else .01, recolour=.2 if joint else .1,
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
     look = torch.cat([w(make_rng(run.seed, "look"), 16).images[:, :, :32, :32] for w in streams])
