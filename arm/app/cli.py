@@ -118,7 +118,7 @@ STAGES = {"teacher": "train_teacher", "tokenizer": "train_tokenizer", "decoder":
 
 EXAMPLES = {"teacher": "--quick --out runs/quick", "tokenizer": "--quick --out runs/quick", "decoder": "--quick --out runs/quick", "arm": "--steps 100 --out runs/try", "all": """--quick --change '{"worn": 0.3}' --out runs/worn""",
             "renderers": "--quick --model data/models/tiny --out runs/renderers", "sft": "--out runs/sft", "grpo": "--model runs/sft/model --out runs/rl --phase joint",
-            "codes": "--siglip models/siglip2 --reader models/Qwen2.5-0.5B --data data/pictures", "flux": "--help"} # words after `arm train STAGE`
+            "codes": "--siglip models/siglip2 --reader models/Qwen2.5-0.5B --data data/pictures", "flux": "--source models/FLUX.1-dev --codes runs/codes/codes --siglip models/siglip2 --data data/pictures"} # words after `arm train STAGE`
 
 def train(argv: Sequence[str], # the words after "arm train"
           ) -> None:

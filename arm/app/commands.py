@@ -91,13 +91,15 @@ def _compare(args):
     if out: print(f"wrote {save_comparison(out, found)}")
 
 def _add_compare(command):
-    p = command("compare", _compare, "two models on the same held-out items, paired, over temperatures: better, or only bolder?", ["data/models/tiny data/models/tiny-rl --worlds shapes --n 200", "runs/a/model runs/b/model --temperatures 1 0 --json compared.json"], "seed")
+    p = command("compare", _compare, "two models on the same held-out items, paired, over temperatures", ["data/models/tiny data/models/tiny-rl --worlds shapes --n 200", "runs/a/model runs/b/model --temperatures 1 0 --json compared.json"])
     p.add_argument("before", metavar="BEFORE", help="model folder")
     p.add_argument("after", metavar="AFTER", help="model folder to be held against it")
     p.add_argument("--n", type=number(int, 1, 10**6), default=1000, help="items per task, or all that there are (default 1000)")
     p.add_argument("--worlds", nargs="+", choices=("shapes", "openmoji"), default=["shapes", "openmoji"], help="what to draw (default: both)")
     p.add_argument("--temperatures", nargs="+", type=number(float, 0, 100), default=[1., .9, .8, .7, 0.], metavar="T", help="of the drawings, 0 is greedy (default: 1 .9 .8 .7 0)")
     p.add_argument("--json", metavar="FILE", help="write the comparison to this file too")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="same seed, same result (default 0)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps or auto (default cpu)")
 
 # %% ../../nbs/91z_app.commands.ipynb #4f0c52d3
 def _study(args):

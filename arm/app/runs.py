@@ -261,6 +261,7 @@ def settings_of(
 ) -> dict: # "worlds", "batch", "replay", as far as they are recorded
     "The settings that references are told apart by."
     out, known = {}, dict(run.fields)
+    if isinstance(known.get("change"), dict): known |= known["change"]
     if stage.kind.startswith("grpo"):
         cards = [e for m in run.models for e in (m.card.get("rl") if isinstance(m.card.get("rl"), list) else []) if isinstance(e, dict) and f"grpo-{e.get('phase')}" == stage.kind]
         typed = [s["settings"] for s in run.starts if isinstance(s.get("settings"), dict) and "n_prompts" in s["settings"]]

@@ -117,7 +117,8 @@ def load_model(path: str | Path, # folder written by `Arm.save_pretrained`
     try: model = Arm.from_pretrained(path, where)
     except Exception as e:  # settings that no model can have fail in as many ways as there are layers
         told = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(told if re.match(rf"{re.escape(str(Path(path)))}([:/\\ ]|$)", told) else f"{path} makes no model: {told}; copy the folder again, or train it anew") from e
+        named = re.escape(str(Path(path))) + r"([:/\\ ]|$)|" + re.escape(str(Path(path)/"x")[:-1]) + r"(config|text|arm|tokenizer)\." # the folder, or a file in it
+        raise ValueError(told if re.match(named, told) else f"{path} makes no model: {told}; copy the folder again, or train it anew") from e
     grids, most = model.card["grids"], model.card["max_prompt"]
     if type(most) is not int or not isinstance(grids, list) or not grids or not all(
             isinstance(g, list) and len(g) == 2 and all(type(s) is int and 1 <= s <= model.model.cfg.max_side for s in g) for g in grids):

@@ -6,7 +6,7 @@
 __all__ = ['MAX_PIXELS', 'FORMATS', 'to_rgb', 'open_picture', 'fitting_grid', 'fit_picture', 'noted_grids']
 
 # %% ../../nbs/13_data.pictures.ipynb #93b49bad
-import io, math, os, re, warnings
+import io, math, os, re, sys, threading, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +28,11 @@ def _check_size(width: int, height: int, limit: int, name: str) -> None:
     if width*height < 1: raise ValueError(f"{name} is {width} px wide and {height} px high; a picture has at least one pixel: save it again")
     if width*height > limit:
         raise ValueError(f"{name} has {width*height:,} pixels; at most {limit:,} are decoded: scale it down first")
+
+def _check_picture(im: Image.Image, limit: int, name: str) -> None:
+    "Refuse an opened picture by its size, and by that of its tiles: a TIFF's are decoded whole."
+    _check_size(*im.size, limit, name)
+    if hasattr(im, "tag_v2"): _check_size(*(int(im.tag_v2.get(side, 1)) for side in (322, 323)), limit, name)
 
 def _in_icon(f: BinaryIO) -> tuple[int, int]:
     "Width and height of what Pillow would take from an icon, by its inner header."
@@ -55,8 +60,7 @@ def _header(source: str | Path | BinaryIO, limit: int, name: str) -> Image.Image
         if e.errno: raise ValueError(f"{name} cannot be read: {e.strerror}; choose a file that you may read") from e
         if icon: raise # its inner picture is cut off
         raise ValueError(f"{name} is not a picture in any format that is read here; give a whole file in a format such as PNG, JPEG, WebP, GIF, TIFF or BMP") from e
-    _check_size(*im.size, limit, name)
-    if im.format == "TIFF": _check_size(*(int(im.tag_v2.get(side, 1)) for side in (322, 323)), limit, name) # of a tile, which is decoded whole
+    _check_picture(im, limit, name)
     return im
 
 # %% ../../nbs/13_data.pictures.ipynb #73af3831
@@ -82,15 +86,18 @@ def to_rgb(im: Image.Image, # a Pillow picture of any mode
     return im.convert("RGB")
 
 # %% ../../nbs/13_data.pictures.ipynb #793e8479
+_ONE_AT_A_TIME = threading.Lock()
+
 @contextmanager
 def _hushed(hush: bool) -> Iterator[None]:
     "Nothing reaches the process's error stream: libtiff complains there, past Python, of what Pillow raises anyway."
-    try: kept = os.dup(2) if hush else None
-    except OSError: kept = None # there is no such stream
-    if kept is None: yield; return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try: os.dup2(nowhere, 2); yield
-    finally: os.dup2(kept, 2); os.close(kept); os.close(nowhere)
+    try: open_there = hush and sys.__stderr__ is not None and sys.__stderr__.fileno() == 2 and not sys.__stderr__.closed
+    except (OSError, ValueError): open_there = False # no such stream; 2 may be any file
+    if not open_there: yield; return
+    with _ONE_AT_A_TIME: # what one thread kept must not be another's silence
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try: os.dup2(nowhere, 2); yield
+        finally: os.dup2(kept, 2); os.close(kept); os.close(nowhere)
 
 def _decode(im: Image.Image) -> Image.Image:
     "Pixels of an opened picture, upright, as RGB."
@@ -113,7 +120,7 @@ def open_picture(source: str | Path | BinaryIO | Image.Image, # a path, an open 
         warnings.simplefilter("ignore")  # what matters raises; the rest is chatter about metadata
         try:
             if isinstance(source, Image.Image):
-                _check_size(*source.size, max_pixels, name)
+                _check_picture(source, max_pixels, name)
                 return _decode(source)
             with _header(source, max_pixels, name) as im: return _decode(im)
         except Exception as e:  # decoders of damaged files raise anything

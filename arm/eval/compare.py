@@ -13,29 +13,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy.stats import binomtest, t as student
 
 from ..core import save_json
 from ..data.openmoji import load_openmoji
 from ..data.shapes import render
 from .nearest import gallery, hits, nearest
 from .openmoji import emoji_items, found_alike
-from .scores import Z, share
+from .scores import share
 from .shapes import judged_drawings, judged_edits, pictures, shapes_items
 from .suite import WORLDS
+from ..model.generate import Sampling
 
 # %% ../../nbs/54a_eval.compare.ipynb #d62a576a
 def paired(
     before: list[bool], # one verdict per item
     after: list[bool],  # the same items
     alike: list | None = None, # one name per item, see `share`; None: each for itself
-) -> dict[str, float]:  # value in [-1, 1], low, high, n, gained and lost items; groups: independent ones
-    "Difference of two shares over the same items, with its 95 % interval (cluster-robust: Liang & Zeger, 1986)."
+) -> dict[str, float]:  # value in [-1, 1], low, high, n, gained and lost items, groups: independent ones, p: of no difference at all
+    "Difference of two shares over the same items, with its 95 % interval (cluster-robust: Liang & Zeger, 1986) and the p of a sign test, or of Student's t where items form groups."
     if len(before) != len(after) or not before: raise ValueError(f"{len(before)} and {len(after)} verdicts: both sides must hold the same items, and at least one; ask both models the same things")
     d, groups = [int(b) - int(a) for a, b in zip(before, after)], defaultdict(float)
-    mean = sum(d) / len(d)
+    mean, gained, lost = sum(d) / len(d), d.count(1), d.count(-1)
     for name, x in zip(range(len(d)) if alike is None else alike, d, strict=True): groups[name] += x - mean
-    half = Z * sum(s * s for s in groups.values())**.5 / len(d)
-    return dict(value=round(mean, 5), low=round(mean - half, 5), high=round(mean + half, 5), n=len(d), gained=d.count(1), lost=d.count(-1), groups=len(groups))
+    G = len(groups)
+    error = (G / max(G - 1, 1) * sum(s * s for s in groups.values()))**.5 / len(d)
+    half = float(student.ppf(.975, G - 1)) * error if G > 1 else float("inf")
+    if G == len(d): p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.
+    else: p = 2 * student.sf(abs(mean) / error, G - 1) if error > 0 else 1. # groups without any spread say nothing
+    return dict(value=round(mean, 5), low=round(max(mean - half, -1), 5), high=round(min(mean + half, 1), 5), n=len(d), gained=gained, lost=lost, groups=G, p=round(float(p), 5))
 
 # %% ../../nbs/54a_eval.compare.ipynb #2f50b216
 TEMPERATURES = (1., .9, .8, .7, 0.) # of the drawings; 0 is greedy
@@ -92,6 +98,7 @@ def compare(
 ) -> dict[str, dict]: # task -> "before" and "after" (temperature -> score), "equal" (temperature -> difference), "best" (temperature of before that is best), "against_best" (temperature of after -> difference)
     "Two models on the same items and random numbers, at several temperatures."
     if not temperatures or len({*temperatures}) < len(temperatures) or not all(0 <= t < float("inf") for t in temperatures): raise ValueError(f"temperatures={temperatures}: numbers of at least 0, each once; such as 1, 0.8, 0")
+    for t in temperatures: Sampling(temperature=t) # refuses what cannot be drawn at, before anything is
     say, out = progress if callable(progress) else (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None), {}
     for name, task in tasks(n, seed, worlds).items():
         found = {"before": {}, "after": {}}
@@ -108,8 +115,8 @@ def compare(
 def verdict(
     d: dict[str, float], # from `paired`
 ) -> str: # "better", "worse" or "open"
-    "What a difference says."
-    return "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "open"
+    "What a difference says, by itself: of twenty that mean nothing, one is called *better* or *worse*."
+    return "open" if d["p"] >= .05 else "better" if d["value"] > 0 else "worse"
 
 def compare_table(
     found: dict[str, dict], # from `compare`

@@ -83,7 +83,7 @@ class GRPOParts(L.LightningModule):
         guidance:Guidance=Guidance(), # scales, for a mode other than "off"
         mode:GuidanceMode="off", # see `branches`
         words:bool=False, # every sample writes words of its own and learns from them too
-        part_rows:int=64, # samples in one forward pass, and in memory with what its backward pass needs
+        part_rows:int=64, # samples in one forward pass; here also in one backward pass, in `SpreadGRPO` that is of a whole piece
     ):
         super().__init__()
         if temperature <= 0: raise ValueError(f"temperature={temperature}: a greedy policy draws one picture, and a group of equal pictures teaches nothing; use a temperature above 0")
@@ -200,13 +200,14 @@ class GRPOUpdate(GRPOParts):
     def summary(self,
         told:list[dict[str, Tensor]], # what `grpo_loss` says, one per part
         held:Rollout, # all drawings
-    ) -> dict[str, Tensor]: # see `log_line`
+    ) -> dict[str, Tensor]: # see `log_line`; without a reference there is no `kl`
         "One line of the log, over all processes."
         sums = log_sums(told, (int((~held.advantages.isnan()).sum()), len(held.codes)))
         sums = torch.cat((torch.tensor([sum(x.get(k, 0.) for x in told) for k in ("apart", "codes")]), sums)).to(self.device)
         every = self.all_gather(sums) if processes(self)[1] > 1 else sums[None]
         apart, codes = every[:, :2].sum(0)
-        return log_line(every[:, 2:]) | dict(apart=apart / codes) # NaN where nobody knows how it was drawn
+        line = log_line(every[:, 2:]) | (dict(apart=apart / codes) if codes else {}) # after a resume nobody knows how it was drawn
+        return line if self.ref is not None else {k: v for k, v in line.items() if k != "kl"}
 
 # %% ../../nbs/63_rl.loop.ipynb #73a7d933
 class DrawnGRPO(GRPOUpdate):
@@ -279,6 +280,9 @@ class LitGRPO(DrawnGRPO):
         if updates < 1: raise ValueError(f"updates={updates}: every rollout is learnt from at least once; use 1 or more")
         self.n_steps, self.lr, self.updates, self.snapshot_every, self.hold, self.rollout_dtype = n_steps, lr, updates, snapshot_every, hold, rollout_dtype
         self.plan, self.replay, self.replay_weight = plan, replay, replay_weight
+
+    def on_fit_start(self):
+        if self.trainer.precision == "16-mixed": raise ValueError("precision='16-mixed': gradients are taken part by part, before a loss could be scaled, and small ones would be lost; use bf16-mixed or 32-true")
 
     def on_train_start(self): self.tokenizer.eval()
     def transfer_batch_to_device(self, batch, device, dataloader_idx): return batch # items are words, codes and functions

@@ -218,12 +218,13 @@ def rollout(
     prompts = [i.prompt for i in items]
     if own: prompts = [p for p in prompts for _ in range(G)]
     if plan: prompts = write_plans(model, prompts, sampling=sampling, seeds=seeds if own else [i.seed for i in items], dtype=dtype)
-    undecided, drawn = [], torch.zeros(len(seeds), dtype=torch.float64)
+    undecided, spent, drawn = [], {}, torch.zeros(len(seeds), dtype=torch.float64)
     def watch(logits, drawing, picked, samples):
         logps = (logits.float() / sampling.temperature).log_softmax(-1)
         undecided.append(entropy(logps)[drawing].sum())
-        drawn[samples] += torch.where(drawing, logps.gather(-1, picked[:, None])[:, 0], 0.).double().cpu()
+        spent[tuple(samples)] = spent.get(tuple(samples), 0.) + torch.where(drawing, logps.gather(-1, picked[:, None])[:, 0], 0.) # stays on its device
     codes = generate_images(model, prompts, num_generations=1 if own else G, sampling=sampling, guidance=guidance, seeds=seeds, dtype=dtype, watch=watch)
+    for samples, sums in spent.items(): drawn[list(samples)] = sums.cpu().double()
     codes, grids = [c.clone() for c in codes], [i.prompt.grid for i in items for _ in range(G)] # clones leave inference mode
     pictures = [None] * len(codes)
     for grid in sorted(set(grids)):

@@ -62,6 +62,12 @@ class RunConfig:
     def __post_init__(self):
         if not self.worlds or set(self.worlds) - {"shapes", "openmoji"}: raise ValueError(f"worlds={self.worlds!r}: name one or both of shapes, openmoji")
         check_settings(vars(self))
+        if not self.stages: raise ValueError("stages=(): the codes have no bits; give the bits of each stage, such as (8, 4, 4)")
+        self.tokenizer(); replace(ARMConfig.tiny(), ffn_dim=self.ffn_dim, n_bits=sum(self.stages)) # refuse what a later stage would
+
+    def tokenizer(self) -> TokenizerConfig: # of stage 2
+        "Sizes of the tokenizer."
+        return replace(TokenizerConfig.tiny(), factored=self.factored, stages=self.stages, levels=(2,) * sum(self.stages))
 
     @classmethod
     def shipped(cls) -> "RunConfig":
@@ -83,8 +89,8 @@ def run_config(
     change:dict|None=None, # any other fields of the run by name, such as {"worn": 0}
 ) -> RunConfig: # the run, with what was asked for in place of its own numbers
     "A preset with other lengths, sizes or settings."
-    if "seed" in (change or {}): raise ValueError("change names 'seed', which is an option of its own; leave it out")
     new = {f"{k}_steps": steps for k in ("teacher", "tokenizer", "decoder", "arm")} | {f"{k}_batch": batch for k in ("teacher", "tokenizer", "arm")} | {"scenes": scenes}
+    if twice := sorted(set(change or {}) & {"seed", *(k for k, v in new.items() if v)}): raise ValueError(f"change names {twice[0]!r}, which an option of its own sets; leave one of them out")
     return replace(config_from_dict(RunConfig, config_to_dict(RunConfig.quick() if quick else RunConfig.shipped()) | (change or {})), seed=seed, **{k: v for k, v in new.items() if v})
 
 # %% ../../nbs/43_train.run.ipynb #f3c5d265
@@ -211,7 +217,7 @@ def train_tokenizer(
     asked = _settings(run, out, "worlds", f"{stage}_steps", "tokenizer_batch", "factored", "stages", "seed", *["flips"] * (joint and run.flips > 0), stands=not joint)
     if same_settings(path, asked): return
     L.seed_everything(run.seed + 1, verbose=False)
-    tokenizer = VisualTokenizer(replace(TokenizerConfig.tiny(), factored=run.factored, stages=run.stages, levels=(2,) * sum(run.stages))) if joint else load_tokenizer(out, "tokenizer")
+    tokenizer = VisualTokenizer(run.tokenizer()) if joint else load_tokenizer(out, "tokenizer")
     module = LitTokenizer(tokenizer, *load_teacher(out), text, n, stage="joint" if joint else "decoder", flip_rate=run.flips if joint else .01, recolour=.2 if joint else .1,
                           zero_share=.3 if joint else .7, seed=run.seed)
     streams = pictures(run)
