@@ -119,6 +119,18 @@ class GRPOParts(L.LightningModule):
             out += [rows[a:a + self.part_rows] for a in range(0, len(rows), self.part_rows)]
         return out
 
+    def drawn_apart(self,
+        held:Rollout, # drawings
+        rows:list[int], # which of them
+        new:Tensor, # (b, N) their log-probabilities now, codes first
+        mask:Tensor, # (b, N) bool, where there is one
+    ) -> dict[str, float]: # "apart": sum of |difference| to those that they were drawn with, in nats, and "codes": how many; nothing after a resume
+        "How far the learner's probabilities are from those of whoever drew: by precision, by guidance that is not learnt, by updates since."
+        if held.drawn is None: return {}
+        n, live = max(len(held.codes[k]) for k in rows), ~held.advantages[rows].isnan()
+        mine = torch.where(mask[:, :n], new[:, :n].float(), 0.).sum(1).cpu()
+        return dict(apart=float((mine - held.drawn[rows]).abs()[live].sum()), codes=float(sum(len(held.codes[k]) for k, on in zip(rows, live.tolist()) if on)))
+
 # %% ../../nbs/63_rl.loop.ipynb #985949a3
 class Known(torch.autograd.Function):
     "A loss whose gradients are there already: what a backward pass finds is what was summed up part by part."
@@ -160,18 +172,6 @@ class GRPOUpdate(GRPOParts):
         loss, found = grpo_loss(new, old, mask, held.advantages[rows].to(new.device), self.cfg, ref_per_token_logps=ref, below=below)
         return loss, found | self.drawn_apart(held, rows, new.detach(), mask)
 
-    def drawn_apart(self,
-        held:Rollout, # drawings
-        rows:list[int], # which of them
-        new:Tensor, # (b, N) their log-probabilities now, codes first
-        mask:Tensor, # (b, N) bool, where there is one
-    ) -> dict[str, float]: # "apart": sum of |difference| to those that they were drawn with, in nats, and "codes": how many; nothing after a resume
-        "How far the learner's probabilities are from those of whoever drew: by precision, by guidance that is not learnt, by updates since."
-        if held.drawn is None: return {}
-        n, live = max(len(held.codes[k]) for k in rows), ~held.advantages[rows].isnan()
-        mine = torch.where(mask[:, :n], new[:, :n].float(), 0.).sum(1).cpu()
-        return dict(apart=float((mine - held.drawn[rows]).abs()[live].sum()), codes=float(sum(len(held.codes[k]) for k, on in zip(rows, live.tolist()) if on)))
-
     def update_loss(self,
         held:Rollout, # drawings with advantages
     ) -> tuple[Tensor, dict[str, Tensor]]: # loss, and what to log
@@ -186,16 +186,6 @@ class GRPOUpdate(GRPOParts):
             loss = loss + part.detach()
             told.append(found)
         return Known.apply(loss, grads, *weights), self.summary(told, held)
-
-    @torch.no_grad()
-    def before(self, held:Rollout) -> Tensor: # (B, N), NaN where nothing is needed
-        "Log-probabilities before the first update, part by part as the updates will compute them."
-        words = max(len(_told(p)) for p in held.prompts) if self.words else 0
-        old = torch.full((len(held.codes), max(map(len, held.codes)) + words), torch.nan)
-        for rows in self.parts(held):
-            logps = self.logps(self.model, held, rows)[0].cpu()
-            old[torch.tensor(rows)[:, None], torch.arange(logps.shape[1])] = logps
-        return old
 
     def summary(self,
         told:list[dict[str, Tensor]], # what `grpo_loss` says, one per part
@@ -215,6 +205,16 @@ class DrawnGRPO(GRPOUpdate):
     held, saved = None, None # drawings that are being learnt from; what a checkpoint kept of them
     silent, patience = 0, 8 # rollouts in a row without a single verdict; so many, and the run stops
     marked = {} # names of all marks so far
+
+    @torch.no_grad()
+    def before(self, held:Rollout) -> Tensor: # (B, N), NaN where nothing is needed
+        "Log-probabilities before the first update, part by part as the updates will compute them."
+        words = max(len(_told(p)) for p in held.prompts) if self.words else 0
+        old = torch.full((len(held.codes), max(map(len, held.codes)) + words), torch.nan)
+        for rows in self.parts(held):
+            logps = self.logps(self.model, held, rows)[0].cpu()
+            old[torch.tensor(rows)[:, None], torch.arange(logps.shape[1])] = logps
+        return old
 
     def draw(self, items:list[Item]) -> Rollout:
         "New pictures; several updates need the probabilities of this moment."

@@ -80,6 +80,7 @@ class RunConfig:
         "Shapes alone, a short run."
         return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=2400, arm_steps=1600, scenes=24_000, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
 
+# %% ../../nbs/43_train.run.ipynb #f97cc940
 def run_config(
     quick:bool=False, # the short run on shapes alone
     steps:int=0, # length of every stage; 0 takes the run's own
@@ -297,8 +298,7 @@ def train_all(
     train_tokenizer(out, quick, steps, batch=batch, every=every, seed=seed, change=change, device=device)
     train_tokenizer(out, quick, steps, stage="decoder", batch=batch, every=every, seed=seed, change=change, device=device)
     train_arm(out, quick, steps, batch=batch, scenes=scenes, every=every, seed=seed, change=change, device=device)
-    changed = "".join(f" --{k} {v}" for k, v in dict(steps=steps, batch=batch, scenes=scenes, seed=seed, change=shlex.quote(json.dumps(change)) if change else "").items() if v)
-    assemble(out, quick, run_config(quick, steps, batch, scenes, seed, change), changed)
+    assemble(out, quick, run_config(quick, steps, batch, scenes, seed, change), "".join(f" --{k} {v}" for k, v in dict(steps=steps, batch=batch, scenes=scenes, seed=seed, change=shlex.quote(json.dumps(change)) if change else "").items() if v))
 
 def assemble(
     out:str="runs/tiny", # run folder with all stages done
