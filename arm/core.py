@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['stable_hash', 'make_rng', 'make_generator', 'seeded', 'atomic_path', 'atomic_write', 'save_json', 'load_json',
            'save_tensors', 'load_tensors', 'load_metadata', 'load_weights', 'load_module', 'count_parameters',
-           'config_to_dict', 'config_from_dict', 'same_settings', 'device_of', 'pick_device', 'pick_precision',
-           'to_float', 'to_uint8', 'to_pil']
+           'config_to_dict', 'config_from_dict', 'same_settings', 'spoken', 'device_of', 'pick_device',
+           'pick_precision', 'to_float', 'to_uint8', 'to_pil']
 
 # %% ../nbs/00_core.ipynb #5c5416b2
-import dataclasses, difflib, hashlib, json, os, random, secrets, types, typing
+import dataclasses, difflib, hashlib, json, os, random, secrets, shlex, types, typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,6 +220,15 @@ def same_settings(folder: str | Path, # of a run, new or not
         raise ValueError(f"{folder} holds a run with {'; '.join(other)}; ask for what it was begun with to go on, give another folder with --out, or move that one away")
     if begin: save_json(note, asked)
     return (note.parent/done).exists()
+
+# %% ../nbs/00_core.ipynb #a5c6c0c6
+def spoken(
+    command:str, # words before the options
+    options:dict, # name -> value, as a function takes them
+) -> str: # one line for a shell
+    "A call as a command."
+    word = lambda v: ",".join(map(str, v)) if isinstance(v, (tuple, list)) else json.dumps(v) if isinstance(v, dict) else str(v)
+    return " ".join([command, *(f"--{k}" if v is True else f"--{k} {shlex.quote(word(v))}" for k, v in options.items())])
 
 # %% ../nbs/00_core.ipynb #4270156d
 def device_of(module: torch.nn.Module, # any module

@@ -1,4 +1,5 @@
 """The command line as strangers use it: what must work, and what must be refused in one line with nothing left behind."""
+import io
 import json
 import os
 import re
@@ -193,6 +194,19 @@ def test_refuses_truncated_pictures(format, share, here, capfd):
     Path("holiday").write_bytes(CUT[format][:int(len(CUT[format])*share)])
     for argv in (["ask", "holiday", "what is it?"], ["reconstruct", "holiday"], ["edit", "holiday", "make it red"]): assert re.search("cut off|not a picture", refused(here, *argv)) # a header that is cut is none
     assert capfd.readouterr().err == "" # decoders write past Python
+
+
+def test_tiffs_leave_the_error_stream_as_it_was(here):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from arm.data.pictures import open_picture
+    data, before = [encoded(scene(k).resize((400, 400)), "TIFF", compression="tiff_lzw") for k in range(16)], os.fstat(2)
+    with ThreadPoolExecutor(8) as pool: assert all(im.size == (400, 400) for im in pool.map(lambda d: open_picture(io.BytesIO(d)), data))
+    assert (os.fstat(2).st_dev, os.fstat(2).st_ino) == (before.st_dev, before.st_ino)
+    Path("ok.tif").write_bytes(data[0])
+    code = "import os; os.close(2); from arm.data.pictures import open_picture; print(open_picture('ok.tif').size)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "(400, 400)\n"  # the file itself has number 2 then
+    with pytest.raises(ValueError, match="144,000,000 pixels"): open_picture(Image.open(io.BytesIO(tiff(32, 12_000))))  # opened by somebody else
 
 
 @pytest.mark.parametrize("compression", ("tiff_adobe_deflate", "tiff_lzw", "jpeg"))

@@ -148,12 +148,20 @@ def test_the_shipped_weights_score_as_their_file_says(name):
     for task in ("shapes/t2i", "shapes/edit", "shapes/t2i_unseen"):
         right = few[task].judge(arm, 0., 0)
         expected = told[f"{task}/strict/greedy"]["value"]
-        assert abs(sum(right) - expected*len(right)) <= 3 + 12*(expected < .9), (task, sum(right), expected)  # untrained weights have none right
+        assert abs(sum(right) - expected*len(right)) <= 2 + 3*(expected*(1 - expected)*len(right))**.5, (task, sum(right), expected)  # three deviations, and rounding
 
 
 def test_reinforcement_went_on_from_the_shipped_start():
     start, after = (Arm.from_pretrained(ROOT/"data"/"models"/name) for name in ("tiny", "tiny-rl"))
     assert after.card["rl"][-1]["weights"] == digest(start.model) != digest(after.model)
+
+
+def test_half_precision_with_scaled_losses_is_refused():
+    lit, trainer = LitGRPO(ARM(replace(ARMConfig.tiny(), dim=32, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)), VisualTokenizer(SIZES), GRPOConfig(), 1), type("Trainer", (), {"precision": "16-mixed"})()
+    lit._trainer = trainer
+    with pytest.raises(ValueError, match="bf16-mixed"): lit.on_fit_start()
+    trainer.precision = "bf16-mixed"
+    lit.on_fit_start()
 
 
 def test_train_grpo_is_a_command(tmp_path, capsys):

@@ -85,10 +85,11 @@ def _add_score(command):
 # %% ../../nbs/91z_app.commands.ipynb #c011ed28
 def _compare(args):
     out, (before, after) = None if args.json is None else writable(args.json), (load_model(m, args.device) for m in (args.before, args.after))
-    from arm.eval.compare import compare, compare_table, save_comparison
+    from arm.core import save_json
+    from arm.eval.compare import compare, compare_table
     found = compare(before, after, n=args.n, seed=args.seed, worlds=tuple(args.worlds), temperatures=tuple(args.temperatures))
     print(compare_table(found))
-    if out: print(f"wrote {save_comparison(out, found)}")
+    if out: print(f"wrote {save_json(out, found)}")
 
 def _add_compare(command):
     p = command("compare", _compare, "two models on the same held-out items, paired, over temperatures", ["data/models/tiny data/models/tiny-rl --worlds shapes --n 200", "runs/a/model runs/b/model --temperatures 1 0 --json compared.json"])

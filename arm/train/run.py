@@ -7,7 +7,7 @@ __all__ = ['RunConfig', 'run_config', 'fit', 'folder', 'finish', 'pictures', 'tr
            'load_tokenizer', 'pools', 'train_arm', 'train_all', 'assemble']
 
 # %% ../../nbs/43_train.run.ipynb #d23779fb
-import json, shlex, warnings
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import lightning as L, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_device, pick_precision, same_settings, save_json, save_tensors
+from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, make_rng, pick_device, pick_precision, same_settings, save_json, save_tensors, spoken
 from ..data.openmoji import load_openmoji
 from ..data.text import TextTokenizer, default_tokenizer
 from ..model.tasks import Arm
@@ -298,7 +298,7 @@ def train_all(
     train_tokenizer(out, quick, steps, batch=batch, every=every, seed=seed, change=change, device=device)
     train_tokenizer(out, quick, steps, stage="decoder", batch=batch, every=every, seed=seed, change=change, device=device)
     train_arm(out, quick, steps, batch=batch, scenes=scenes, every=every, seed=seed, change=change, device=device)
-    assemble(out, quick, run_config(quick, steps, batch, scenes, seed, change), "".join(f" --{k} {v}" for k, v in dict(steps=steps, batch=batch, scenes=scenes, seed=seed, change=shlex.quote(json.dumps(change)) if change else "").items() if v))
+    assemble(out, quick, run_config(quick, steps, batch, scenes, seed, change), spoken("", {k: v for k, v in dict(steps=steps, batch=batch, scenes=scenes, seed=seed, change=change).items() if v}))
 
 def assemble(
     out:str="runs/tiny", # run folder with all stages done
