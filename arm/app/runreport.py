@@ -10,12 +10,13 @@ __all__ = ['W', 'H', 'LEFT', 'LOW', 'NAMES', 'FIRST', 'WORDS', 'MORE', 'POLICY',
 # %% ../../nbs/90b_app.runreport.ipynb #34f4cc41
 import html, math, shlex
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
 from .report import STYLE, data_uri
-from .runs import Model, Run, Score, read_model, read_run, read_sheet, settings_of, spread_out, told, versions
+from .runs import Model, Run, Score, number_in, read_model, read_run, read_sheet, settings_of, spread_out, told, versions
 from ..core import atomic_write
 from ..data.openmoji import DATA
 from ..eval.suite import AT_MOST, GOALS
@@ -208,10 +209,12 @@ def fact_rows(
     tuned = [f"from {told(e.get('start', '?'), 40)} ({say({k: v for k, v in e.items() if k not in ('start', 'weights')})})" for e in noted("sft")]
     typed = [shlex.join(map(str, s["command"])) for s in run.starts if isinstance(s.get("command"), list)]
     seen = run.starts[-1].get("versions") if run.starts else None
+    took = [n if (n := number_in(s.get("seconds"))) is not None and 0 <= n < 1e9 else None for s in run.starts] # none of a start that was broken off
     seeds = {str(v) for v in [run.fields.get("seed"), *(e.get("seed") for e in noted("sft")), *(e["run"].get("seed") for e in noted("rl") if isinstance(e.get("run"), dict))] if v is not None}
     kept = {k: v for k, v in run.fields.items() if k not in ("seed", "out")}
     return {"command": "\n".join(dict.fromkeys(typed)) or ("; ".join(dict.fromkeys(cards)) + " (as the model's card tells)" if cards else "not recorded"),
             "started": f"{len(run.starts)} time{'s' if len(run.starts) > 1 else ''}, last at {run.starts[-1].get('started', '?')}" if run.starts else "not recorded",
+            "took": "not recorded" if not took or None in took else f"{timedelta(seconds=sum(map(int, took)))}",
             "seed": ", ".join(sorted(seeds)) or "not recorded",
             "versions": ", ".join(f"{k} {v}" for k, v in seen.items()) if isinstance(seen, dict) else "not recorded",
             "settings": ", ".join(f"{k} {' + '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in kept.items() if v not in ("", None)) or "not recorded",

@@ -80,7 +80,7 @@ def started(
     command: Sequence[str], # see `note_start`
     settings: dict, # see `note_start`
 ) -> Iterator[None]: # nothing; train inside the block
-    "Note the start of what happens inside; a command that is refused before it has trained anything leaves no trace."
+    "Note the start of what happens inside, and at its end how long it took; a command that is refused before it has trained anything leaves no trace."
     if any(os.environ.get(k, "0") != "0" for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID")): # of several processes the first one writes
         yield
         return
@@ -90,6 +90,7 @@ def started(
     trained = lambda: {(p, p.stat().st_mtime_ns) for name in ("last.ckpt", "done.json") for p in out.rglob(name)}
     note_start(out, command, settings)
     held = trained()
+    begun = time.monotonic()
     try: yield
     except ValueError:
         if trained() != held: raise # it was broken off, and goes on from there
@@ -97,6 +98,9 @@ def started(
         else: path.unlink(missing_ok=True)
         if not there and not any(out.iterdir()): out.rmdir()
         raise
+    starts = load_json(path)["starts"]
+    starts[-1]["seconds"] = round(time.monotonic() - begun)
+    save_json(path, dict(starts=starts))
 
 # %% ../../nbs/90a_app.runs.ipynb #85d45f10
 ORDER = ("teacher", "tokenizer", "decoder", "arm", "sft") # as they are trained; anything else comes after
