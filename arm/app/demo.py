@@ -167,16 +167,20 @@ def before_and_after(before: Arm, # the model that training went on from
     grids = [tuple(s//after.patch for s in render(scene).shape[1:]) for scene, _ in items]
     edits = [sample_edit(rng, kind, split="val") for kind in EDIT_KINDS]
     codes = after.encode([render(s) for s, _ in edits])
-    drawn = [m.decode(m.imagine_codes([c.text for _, c in items], grids, temperature=1., seed=seed)) for m in (before, after)]
-    changed = [m.decode(m.edit_codes(codes, [e.instruction for _, e in edits], temperature=1., seed=seed)) for m in (before, after)]
+    make = lambda m, t: m.decode(m.imagine_codes([c.text for _, c in items], grids, temperature=t, seed=seed))
+    change = lambda m, t: m.decode(m.edit_codes(codes, [e.instruction for _, e in edits], temperature=t, seed=seed))
+    by_caption, by_edit = [lambda x, c=c: judge_caption(x, c) for _, c in items], [lambda x, s=s, e=e: judge_edit(x, s, e) for s, e in edits]
     def case(words, shown, a, b, judge, kind):
         was, now = judge(a), judge(b)
         why = f"the model before: {'right too' if was.ok else 'wrong, ' + '; '.join(was.reasons[:2])}" + ("" if now.ok else f". After: {'; '.join(now.reasons[:2])}")
         return Case(words, [*shown, ("before", to_pil(a)), ("after", to_pil(b))], ok=now.ok, reason=why, kind=kind)
-    made = [case(c.text, [], a, b, lambda x: judge_caption(x, c), c.category.replace("_", " ")) for (_, c), a, b in zip(items, *drawn)]
-    edited = [case(e.instruction, [("source", to_pil(render(s)))], a, b, lambda x: judge_edit(x, s, e), e.kind) for (s, e), a, b in zip(edits, *changed)]
-    how = f"Both at temperature 1 with the same seeds; before is {before.card['name']}, after is {after.card['name']}. The score counts the model after."
-    return [Section("Before and after: words to pictures", how, made), Section("Before and after: edits", how, edited)]
+    made = [case(c.text, [], a, b, judge, c.category.replace("_", " ")) for (_, c), a, b, judge in zip(items, make(before, 1.), make(after, 1.), by_caption)]
+    edited = [case(e.instruction, [("source", to_pil(render(s)))], a, b, judge, e.kind) for (s, e), a, b, judge in zip(edits, change(before, 1.), change(after, 1.), by_edit)]
+    def how(draw, judges):
+        right = [sum(judge(x).ok for judge, x in zip(judges, draw(m, 0.))) for m in (before, after)]
+        return (f"Both at temperature 1 with the same seeds; before is {before.card['name']}, after is {after.card['name']}. The score counts the model after. "
+                f"Drawn greedily, {right[0]} of {len(judges)} are right before and {right[1]} after: what a temperature takes away is no skill gained.")
+    return [Section("Before and after: words to pictures", how(make, by_caption), made), Section("Before and after: edits", how(change, by_edit), edited)]
 
 # %% ../../nbs/91_app.demo.ipynb #45f2ab1f
 def demo_report(model: Arm, # any model
