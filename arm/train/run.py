@@ -78,7 +78,7 @@ class RunConfig:
     @classmethod
     def quick(cls) -> "RunConfig":
         "Shapes alone, a short run."
-        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=3000, arm_steps=1600, scenes=24_000, tokenizer_batch=32, arm_batch=32, arm_lr=4e-3, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
+        return cls(worlds=("shapes",), teacher_steps=300, tokenizer_steps=900, decoder_steps=3000, arm_steps=1600, scenes=24_000, tokenizer_batch=32, arm_batch=48, arm_hold=.6, factored=True, plan=.9, brief=True, asked=True, questions=2.)
 
 # %% ../../nbs/43_train.run.ipynb #f97cc940
 def run_config(
