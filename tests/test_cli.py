@@ -574,6 +574,8 @@ def test_a_study_goes_on_and_a_finished_one_is_left_alone(here, monkeypatch):
     before = files(here)
     code, out, _ = run(*argv)
     assert code == 0 and "is finished and stays as it is" in out and files(here) == before and trained == [1, 2, 2]
+    code, out, _ = run("study", "toy", "--out", "runs", "--record", "mine")
+    assert code == 0 and "6 rows in mine/toy.csv" in out and Path("mine/toy.csv").is_file()
 
 
 # ---- help, scores, demo -------------------------------------------------------------------------------------------------------

@@ -106,14 +106,15 @@ def _add_compare(command):
 def _study(args):
     out = writable(args.out, kind="folder")
     from arm.app.study import study
-    study(args.name, str(out), args.seeds, args.steps, args.start)
+    study(args.name, str(out), args.seeds, args.steps, args.start, str(writable(args.record, kind="folder")) if args.record else "")
 
 def _add_study(command):
-    p = command("study", _study, "run a recorded study again, or what is left of it", ["objectives", "bits --steps 20 --seeds 1 --out runs/try"])
+    p = command("study", _study, "run a recorded study again, or what is left of one", ["long", "objectives --out runs/again --record runs/mine", "bits --steps 20 --seeds 1 --out runs/try"])
     p.add_argument("name", help="which one: objectives, long, weights, bits, quantizers, designs, downstream, downstream-bits, downstream-quantizers, downstream-dealt, renderers, guidance, edit-guidance; or, of reinforcement learning, transfer, recipe, transfers, kl, trials")
     p.add_argument("--out", default="runs/studies", metavar="DIR", help="folder for checkpoints and rows on the way (default runs/studies)")
     p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="seeds per variant; fewer than 3 make a trial, which is kept in DIR (default 3)")
     p.add_argument("--steps", type=number(int, 0, 10**9), default=0, metavar="N", help="length of each training; 0: the study's own (default), anything else makes a trial")
+    p.add_argument("--record", default="", metavar="DIR", help="folder of finished studies, in place of data/studies; what is finished there is left alone (rows on the way are in --out)")
     p.add_argument("--start", default="", metavar="DIR", help="studies of reinforcement learning: a model folder to begin from, other than data/models/tiny; its record is named NAME-DIR")
 
 # %% ../../nbs/91z_app.commands.ipynb #f4bcf24d

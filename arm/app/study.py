@@ -146,7 +146,7 @@ def run_study(
     if final.exists() and start and (other := {v.get("start", start) for v in load_json(final.with_suffix(".json"))["variants"].values()} - {start}):
         raise ValueError(f"start={start!r}: {final} is the record of another start, {sorted(other)[0]}; give the model folder another name, or move the record away")
     if final.exists():
-        print(f"study {name} is finished and stays as it is: {final}; to run it anew, move that file away")
+        print(f"study {name} is finished and stays as it is: {final}; to run it anew, give other folders with --out and --record")
         return final
     if steps: study = Study(**vars(study) | dict(variants={k: v.shorter(steps) for k, v in study.variants.items()}))
     judge = score or SCORES[study.scored_by]()
@@ -187,6 +187,7 @@ def study(
     seeds: int = 3,            # seeds per variant; fewer than three make a trial
     steps: int = 0,            # length of each training; 0: the study's own, anything else makes a trial
     start: str = "",           # see `run_study`
+    record: str = "",          # folder of finished studies; empty: the project's own
 ) -> None:
     "Run a study, or what is left of it; a finished one is left alone."
-    run_study(name, out, seeds, steps, start)
+    run_study(name, out, seeds, steps, start, record=record or RECORD)

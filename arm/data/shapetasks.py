@@ -65,7 +65,7 @@ def _count(scene, rng):
         n = sum(shape in (None, o.shape) and color in (None, o.color) for o in scene.objs)
         by_answer.setdefault(n, []).append((shape, color))
     n = rng.choices(list(by_answer), [(1.1, 1, 2.5, 6, 14)[k] for k in by_answer])[0]
-    if n == 0:  # half of the zeros name something whose shape or colour is there
+    if n == 0:  # at least half of the zeros name something whose shape or colour is there
         near = [t for t in by_answer[0] if any(o.shape == t[0] or o.color == t[1] for o in scene.objs)]
         if near and rng.random() < .5: by_answer[0] = near
     group = rng.choice(sorted({(s is None, c is None) for s, c in by_answer[n]}))

@@ -54,13 +54,14 @@ def attend(
     k: Tensor, # (B,kv,S,K) keys; every H/kv query heads share one
     v: Tensor, # (B,kv,S,K) values
     mask: Tensor | None = None, # added to the scores; broadcasts to (B,kv,H/kv,T,S)
+    causal: bool = False, # is the mask, which is given all the same, of the plain causal kind, with S = T? Kernels of a GPU need not read it then
 ) -> Tensor: # (B,T,H*K)
     "softmax(q k / sqrt(K) + mask) v with shared key heads (GQA)."
     B, T, H, K = q.shape
     kv, S = k.shape[1:3]
     if q.is_cuda:
-        m = mask if mask is None or mask.ndim == 2 else mask.flatten(1, 2).to(q.dtype)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=m, enable_gqa=True).transpose(1, 2).flatten(2)
+        m = None if causal else mask if mask is None or mask.ndim == 2 else mask.flatten(1, 2).to(q.dtype)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=m, is_causal=causal, enable_gqa=True).transpose(1, 2).flatten(2)
     q = q.view(B, T, kv, H // kv, K).permute(0, 2, 3, 1, 4).reshape(B, kv, -1, K) * K**-.5 # (B,kv,H/kv*T,K)
     scores = (q @ k.transpose(-1, -2)).view(B, kv, H // kv, T, S)
     if mask is not None: scores.add_(mask)
@@ -203,7 +204,7 @@ class Attention(nn.Module):
             return self.out(FusedAttention.apply(self.qkv(x), *angles, mask, (self.n_kv_head, self.n_head // self.n_kv_head, self.head_dim)))
         q, k, v = self.split(x, angles)
         if cache is not None: cache.prefill(layer, torch.stack((k, v)).transpose(2, 3))
-        return self.out(attend(q, k.transpose(1, 2), v.transpose(1, 2), mask[..., :x.shape[1]]))
+        return self.out(attend(q, k.transpose(1, 2), v.transpose(1, 2), mask[..., :x.shape[1]], causal=mask.ndim == 2))
 
     def step(self,
         x: Tensor, # (B,D) one new token per row

@@ -28,9 +28,9 @@ from .rewards import Reward
 from .rubrics import RUBRICS, Judgement, Opinion, judge_rewards
 from .spread import SpreadGRPO
 from ..tokenizer.model import VisualTokenizer
-from ..train.borrowed import load_painter
+from ..train.borrowed import load_painter, painter_name
 from ..train.cost import Row, Sharding, memory, parameter_counts
-from ..train.launch import keep_model, read_start
+from ..train.launch import keep_model, read_start, same_codes
 from ..train.place import place, seats
 from ..train.plan import FREE, GPUS, RL_STEPS, rl_step_time, step_time
 from ..train.strategies import fit_spread
@@ -103,7 +103,9 @@ class JudgedItems:
         judge:Judge, # whom to ask
         grid:tuple[int, int]=(64, 64), # height and width in patches of pictures whose line does not say
         notes:Path|None=None, # file that says how often there was a verdict, why not, and what it took, over all starts
+        paint_steps:int=1, # of the painter, where a source is given as codes
     ):
+        self.paint_steps = paint_steps
         self.notes, self.before, self.lock = notes, load_json(notes) if notes and notes.exists() else {}, threading.Lock()
         self.rows, self.folder, self.tokenizer, self.text, self.judge, self.grid = rows, Path(folder), tokenizer, text, judge, grid
 
@@ -124,7 +126,7 @@ class JudgedItems:
         if path.suffix == ".npy":
             codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
             if codes.min() < 0 or codes.max() >= self.tokenizer.fsq.codebook_size: raise ValueError(f"{path} holds codes from {codes.min()} to {codes.max()}; this tokenizer has those from 0 to {self.tokenizer.fsq.codebook_size - 1}: make them with it")
-            return codes.flatten(), self.tokenizer.decode(codes.flatten()[None].to(device), tuple(codes.shape), steps=1)[0].cpu(), tuple(codes.shape)
+            return codes.flatten(), self.tokenizer.decode(codes.flatten()[None].to(device), tuple(codes.shape), steps=self.paint_steps)[0].cpu(), tuple(codes.shape)
         picture, _ = fit_picture(open_picture(path), [grid], self.tokenizer.cfg.patch_size)
         return self.tokenizer.encode(picture[None].to(device))[0].cpu(), picture, grid
 
@@ -144,7 +146,7 @@ RL_NUMBERS = dict(base=("runs/sft/model", "reported: the stage before"), painter
     steps=(0, "reported: 280 (t2i), 100 (edit), 200 (joint); 0 takes the phase's"), prompts=("data/rl/prompts.jsonl", "ours: JSON lines"),
     judge=("", "reported: a vision-language model; give its address"), judge_model=("", "ours"), side=(64, "reported: 1,024 px; patches of 16 px"),
     gpus=(80, "ours; reported: 80 for fine-tuning"), n_prompts=(80, "ours: one group per GPU"), num_generations=(8, "ours"), lr=(1e-6, "ours"), beta=(.04, "ours, as DeepSeekMath; reported: a KL term"),
-    updates=(1, "ours"), kind=("fsdp2", "ours"), checkpointing=(True, "ours"), bf16=(True, "ours"), accumulate=(4, "ours: two pictures in a pass"), part_rows=(2, "ours: pictures in a pass"), every=(20, "ours"))
+    updates=(1, "ours"), kind=("fsdp2", "ours"), checkpointing=(True, "ours"), bf16=(True, "ours"), accumulate=(4, "ours: two pictures in a pass"), part_rows=(2, "ours: pictures in a pass"), paint_steps=(8, "ours: the published decoder is hardly trained on pure noise, where a single step would begin"), every=(20, "ours"))
 HOW_ASKED = ("timeout", "attempts", "reasks", "concurrency", "first_wait", "max_wait", "prices") # fields of `JudgeConfig` that change no mark
 PHASE_STEPS = dict(zip(PHASES, RL_STEPS.values()))
 
@@ -157,17 +159,19 @@ def rl_plan(
     accumulate:int=1, # pieces of an update
     gpu:str="h100", # kind of card
     beta:float=.04, # weight of the KL divergence; without it there is no reference
+    edits:bool=False, # are there any? Their rows hold a source as well
 ) -> dict: # bytes and seconds
     "What a phase needs, without judge and painter."
     if gpu not in GPUS: raise ValueError(f"gpu={gpu!r}: choose one of {', '.join(GPUS)}")
     if cfg.n_kv_head % sharding.tp: raise ValueError(f"tp={sharding.tp}: it must divide the {cfg.n_kv_head} key heads")
     counts, card, own = parameter_counts(shapes_of(cfg)), GPUS[gpu], -(-pictures // sharding.gpus)
     P = cfg.n_layer * counts["block"] + counts["rest"]
-    row = Row(tokens=codes + 256, doc=codes + 256, rows=max(1, pictures // sharding.groups // accumulate), text=0., visual=codes / (codes + 256))
+    tokens = (1 + edits) * codes + 256
+    row = Row(tokens=tokens, doc=tokens, rows=max(1, pictures // sharding.groups // accumulate), text=0., visual=codes / tokens)
     kept, per_piece = memory(cfg, counts, row, sharding), step_time(cfg, counts, row, sharding, card)
     reference, held = 4 * P / (sharding.groups * sharding.tp if sharding.sharded else 1) * bool(beta), 4 * kept["weights"]
-    cache, copy = own * codes * cfg.n_layer * 2 * cfg.n_kv_head * cfg.head_dim * sharding.wide, sharding.wide * P if sharding.sharded or sharding.wide < 4 else 0 # a whole policy to draw with, where there is none
-    time = rl_step_time(cfg, counts, sharding.gpus, card, per_piece["tokens_per_second"], pictures, codes)
+    cache, copy = own * tokens * cfg.n_layer * 2 * cfg.n_kv_head * cfg.head_dim * sharding.wide, sharding.wide * P if sharding.sharded or sharding.wide < 4 else 0 # a whole policy to draw with, where there is none
+    time = rl_step_time(cfg, counts, sharding.gpus, card, per_piece["tokens_per_second"], pictures, codes, edits * codes)
     peak = reference + max(kept["peak"], held + copy + cache)
     return dict(learn=reference + kept["peak"], draw=reference + held + copy + cache, reference=reference, copy=copy, cache=cache, peak=peak,
                 free=FREE * card.memory, fits=peak <= FREE * card.memory, seconds_draw=time["draw"], seconds_learn=time["learn"], hours=steps * time["total"] / 3600)
@@ -186,6 +190,7 @@ def make_items(
     options:dict|None=None, # more of `JudgeConfig`, such as extra, timeout, concurrency or prices
     notes:Path|None=None, # see `JudgedItems`
     rewards:dict|None=None, # "t2i" and "edit" -> weights of the parts that the verifier marks, see `T2I_WEIGHTS`
+    paint_steps:int=1, # see `JudgedItems`
 ):
     "The source of a run's items, with its judge."
     if rewards and prompts != "shapes": raise ValueError(f"rewards={rewards} with prompts={prompts!r}: these are weights of the verifier's marks, and a judge gives its own; leave one of them out")
@@ -193,7 +198,7 @@ def make_items(
     if prompts == "shapes": return ShapesItems(tokenizer, text, **reward_weights(rewards, ("t2i", "edit")))
     rows = read_prompts(prompts, phase)
     if not judge or not model: raise ValueError(f"prompts={prompts!r} need a judge; give its address and model with --judge and --judge_model, or take --prompts shapes")
-    return JudgedItems(rows, Path(prompts).parent, tokenizer, text, Judge(config_from_dict(JudgeConfig, dict(base_url=judge, model=model) | (options or {})), api_key=os.environ.get(key) or None, cache=cache), (side, side), notes)
+    return JudgedItems(rows, Path(prompts).parent, tokenizer, text, Judge(config_from_dict(JudgeConfig, dict(base_url=judge, model=model) | (options or {})), api_key=os.environ.get(key) or None, cache=cache), (side, side), notes, paint_steps)
 
 def say_rl(
     p:dict, # from `rl_plan`
@@ -221,7 +226,7 @@ def dry_rl(
 ) -> str: # a few lines
     "The plan for a start; where it is not here yet, for the published sizes."
     known = (Path(base) / "config.json").is_file()
-    p = rl_plan(read_start(base, Growth())[0] if known else ARMConfig.paper(), sharding, pictures, codes, steps, accumulate, gpu, beta)
+    p = rl_plan(read_start(base, Growth())[0] if known else ARMConfig.paper(), sharding, pictures, codes, steps, accumulate, gpu, beta, "edit" in PHASES[phase])
     return say_rl(p, phase, f"{sharding.gpus} x {gpu}", steps, pictures) + ("" if known else f"\n  sizes      the published ones; {base!r} is not here yet")
 
 def guidance_of(
@@ -248,6 +253,7 @@ def train_rl(
     n_prompts:int=8, # items of a rollout, all processes together
     num_generations:int=8, # pictures per item
     part_rows:int=8, # pictures in one forward pass
+    paint_steps:int=1, # of the painter; 1 for one that was trained to paint at once, as the shipped one; more for what `arm train codes` left
     lr:float=1e-6, # peak learning rate
     beta:float=.04, # weight of the KL divergence
     loss:dict|None=None, # more of `GRPOConfig`: loss_type, epsilon, epsilon_high, scale_rewards, importance_sampling_level
@@ -270,7 +276,7 @@ def train_rl(
     "Reinforcement learning on visual tokens; a broken-off run goes on from its checkpoint."
     if phase not in PHASES: raise ValueError(f"phase {phase!r} is unknown; use one of {', '.join(PHASES)}")
     here, out, steps = place(), Path(out), steps or PHASE_STEPS[phase]
-    for name, (value, least) in dict(n_prompts=(n_prompts, 1), num_generations=(num_generations, 2), updates=(updates, 1), accumulate=(accumulate, 1), every=(every, 1), side=(side, 1), gpus=(gpus, 1)).items():
+    for name, (value, least) in dict(n_prompts=(n_prompts, 1), num_generations=(num_generations, 2), updates=(updates, 1), accumulate=(accumulate, 1), every=(every, 1), side=(side, 1), gpus=(gpus, 1), paint_steps=(paint_steps, 1)).items():
         if value < least: raise ValueError(f"{name}={value}: it must be at least {least}")
     sharding = Sharding(kind=kind, gpus=gpus, tp=tp, checkpointing=checkpointing, wide=2 if bf16 else 4)
     if n_prompts % gpus: raise ValueError(f"n_prompts={n_prompts} on {gpus} processes: each draws equally many groups; take a multiple of {gpus}")
@@ -280,14 +286,13 @@ def train_rl(
         return
     seats(gpus, here)
     grpo, (mode, drawings) = grpo_config(dict(num_generations=num_generations, beta=beta, max_tokens=side * side), loss), guidance_of(guidance)
-    settings = dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta,
-                               updates=updates, seed=seed, bf16=bf16, **{k: v for k, v in (("loss", loss), ("rewards", rewards), ("snapshot_every", snapshot_every), ("guidance", guidance), ("judge_options", {k: v for k, v in (judge_options or {}).items() if k not in HOW_ASKED})) if v})
+    settings = dict(phase=phase, base=str(base), painter=str(painter), prompts=str(prompts), judge_model=judge_model, side=side, steps=steps, n_prompts=n_prompts, num_generations=num_generations, lr=lr, beta=beta, updates=updates, seed=seed, bf16=bf16, **{k: v for k, v in (("loss", loss), ("rewards", rewards), ("snapshot_every", snapshot_every), ("guidance", guidance), ("paint_steps", paint_steps if paint_steps > 1 else 0), ("judge_options", {k: v for k, v in (judge_options or {}).items() if k not in HOW_ASKED})) if v})
     if same_settings(out, settings, done="model"): return
-    (cfg, read), tokenizer = read_start(base, Growth()), load_painter(painter or DATA / "models" / "tiny")
+    (cfg, read), tokenizer, speaks = read_start(base, Growth()), load_painter(where := painter or DATA / "models" / "tiny"), same_codes(base, painter_name(where))
     if 2**cfg.n_bits != tokenizer.fsq.codebook_size: raise ValueError(f"painter={painter!r} has {tokenizer.fsq.codebook_size} codes, {base} {2**cfg.n_bits}; take the tokenizer that the model was trained with")
-    items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts", judge_options, out / f"judge-{here.rank}.json", rewards)
+    items = make_items(prompts, phase, tokenizer, TextTokenizer.from_pretrained(base), side, judge, judge_model, judge_key, out / "verdicts", judge_options, out / f"judge-{here.rank}.json", rewards, paint_steps)
     module = SpreadGRPO(shapes_of(cfg), tokenizer, grpo, steps, lr, updates=updates, part_rows=part_rows, mode=mode, guidance=drawings, snapshot_every=snapshot_every, rollout_dtype=torch.bfloat16 if bf16 else None)
-    module.source, module.resumes, module.sheets = read, (out / "last.json").exists(), (out, every)
+    module.source, module.resumes, module.sheets, module.paint_steps = read, (out / "last.json").exists(), (out, every), paint_steps
     same_settings(out, settings, done="model", begin=here.rank == 0)
     fit_spread(module, mixed_items([items], n_prompts, seed, phase, updates), steps, out, sharding, accumulate=accumulate, backend=compile, every=every, nodes=here.nodes)
-    keep_model(module, out, base, torch.bfloat16 if bf16 else torch.float32, here.rank)
+    keep_model(module, out, base, torch.bfloat16 if bf16 else torch.float32, here.rank, speaks)

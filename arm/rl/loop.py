@@ -17,7 +17,7 @@ from torch import Tensor, distributed as dist
 
 from ..model.generate import Guidance, Sampling, mixer
 from ..model.sequence import IGNORE, Batch, ImagePrompt
-from ..model.transformer import ARM
+from ..model.transformer import ARM, chunked
 from .grpo import GRPOConfig, denominator, grpo_loss, live_mask, log_line, log_sums
 from .prompts import GuidanceMode, Item, Rollout, branches, rollout
 from .rewards import part_sums, pooled, unjudged
@@ -56,6 +56,7 @@ def code_logps(
     weights:dict[str, float], # branches and their shares, from `Guidance.weights`
     temperature:float=1., # of the policy that sampled
     words:bool=False, # of each plan, too: its ids, and the one that the policy ended it with
+    chunk:int=0, # codes whose logits exist at the same time, as in `chunked`; 0: as many as make 2**27 numbers
 ) -> tuple[Tensor, Tensor]: # (B, N) log-probabilities, float32, codes first, then words; (B, N) bool, where there is one
     "Log-probability of every code of some drawings, under the policy that guidance makes of a model, and of the words before them."
     v, device, R, B = model.vocab, model.text_weight.device, len(weights), len(prompts)
@@ -64,7 +65,7 @@ def code_logps(
     T, (drawn, mask) = max(map(len, rows)), _padded(codes, device)
     hidden = model(torch.tensor([[*r, *[v.pad] * (T - len(r))] for r in rows], device=device))
     h = _rows_at(hidden, [len(h) - 1 for h in heads], drawn.shape[1]).view(R, drawn.numel(), -1)
-    logps = model.visual_head.log_prob(h, drawn.flatten(), mixer(weights), temperature).view(drawn.shape)
+    logps = chunked(lambda h, codes: model.visual_head.log_prob(h.transpose(0, 1), codes, mixer(weights), temperature), h.transpose(0, 1), drawn.flatten(), chunk or max(1, 2**27 // R >> model.visual_head.bits)).view(drawn.shape)
     if not words: return logps, mask
     told, mask_told = _padded([torch.tensor(_told(p), dtype=torch.long) for p in prompts], device)
     h = _rows_at(hidden[list(weights).index("full") * B:][:B], [len(p.plan_ids(v)) - 1 for p in prompts], told.shape[1])
@@ -204,7 +205,7 @@ class DrawnGRPO(GRPOUpdate):
     "Drawings that are learnt from in one or several updates, and survive a checkpoint in between."
     held, saved = None, None # drawings that are being learnt from; what a checkpoint kept of them
     silent, patience = 0, 8 # rollouts in a row without a single verdict; so many, and the run stops
-    marked = {} # names of all marks so far
+    marked, paint_steps = {}, 1 # names of all marks so far; steps of the painter, see `rollout`
 
     @torch.no_grad()
     def before(self, held:Rollout) -> Tensor: # (B, N), NaN where nothing is needed
@@ -221,7 +222,7 @@ class DrawnGRPO(GRPOUpdate):
         self.model.eval()
         with torch.autocast(self.model.text_weight.device.type, enabled=False):
             held = rollout(self.model, self.tokenizer, items, self.cfg, sampling=Sampling(temperature=self.temperature),
-                           guidance=branches(self.guidance, self.mode, False)[0], dtype=self.rollout_dtype, plan=self.plan, own=self.words)
+                           guidance=branches(self.guidance, self.mode, False)[0], dtype=self.rollout_dtype, plan=self.plan, own=self.words, paint_steps=self.paint_steps)
         self.model.train()
         if self.updates > 1:
             held.old = self.before(held)

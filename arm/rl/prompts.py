@@ -212,6 +212,7 @@ def rollout(
     dtype:torch.dtype|None=None, # precision of the drawing; None: the model's own
     plan:bool=False, # the policy writes each item's picture in words first; its group draws from the same words
     own:bool=False, # every sample writes its own words
+    paint_steps:int=1, # of the painter; one is the mean picture, for a painter that was trained to make it
 ) -> Rollout:
     "Draw a group for each item, paint, and have it judged."
     G, seeds = cfg.num_generations, [i.seed + g for i in items for g in range(cfg.num_generations)]
@@ -230,7 +231,7 @@ def rollout(
     for grid in sorted(set(grids)):
         at = [k for k, g in enumerate(grids) if g == grid]
         for part in (at[a:a + 256] for a in range(0, len(at), 256)):
-            painted = tokenizer.decode(torch.stack([codes[k] for k in part]).to(model.text_weight.device), grid, steps=1)
+            painted = tokenizer.decode(torch.stack([codes[k] for k in part]).to(model.text_weight.device), grid, steps=paint_steps)
             for k, picture in zip(part, painted.cpu()): pictures[k] = picture
     rewards = judge_items(items, [torch.stack(pictures[n * G:(n + 1) * G]) for n in range(len(items))])
     return Rollout(prompts if own else [p for p in prompts for _ in range(G)], [i.task for i in items for _ in range(G)], codes,
@@ -277,11 +278,12 @@ def side_by_side(
     prompts:list[ImagePrompt], # of the pictures
     pictures:list[Tensor], # (3, H, W) each in [-1, 1]
     most:int=256, # px, longest side; larger pictures are made smaller
+    steps:int=1, # of the painter
 ) -> Tensor: # (n, 3, H, W) on the CPU; smaller pictures have white below and at the right
     "Pictures for a sheet, those of edits behind their sources."
     out, device = [], device_of(tokenizer)
     for p, x in zip(prompts, pictures):
-        if p.source is not None: out.append(tokenizer.decode(p.source[None].to(device), p.source_grid or p.grid, steps=1)[0].cpu())
+        if p.source is not None: out.append(tokenizer.decode(p.source[None].to(device), p.source_grid or p.grid, steps=steps)[0].cpu())
         out.append(x.cpu())
     out = [F.interpolate(x[None].float(), scale_factor=most / max(x.shape[1:]), mode="area")[0] if max(x.shape[1:]) > most else x for x in out]
     H, W = (max(x.shape[d] for x in out) for d in (1, 2))

@@ -46,10 +46,10 @@ def evened(
 
 # %% ../../nbs/63a_rl.spread.ipynb #150664f1
 class SpreadItems(SpreadData):
-    "Items of a step, once for each piece that gradients are accumulated from."
+    "Items of a step with the first of the pieces that gradients are accumulated from; the others learn from the same drawings."
     def piece(self, i:int, rank:int, world:int):
         step, m = divmod(i, self.accumulate)
-        return self.draw(step, rank, world), m
+        return None if m else self.draw(step, rank, world), m
 
 def local(
     p:Tensor, # a weight, whole or in pieces
@@ -86,7 +86,7 @@ class GRPOPieces(Filled, Spread, LitGRPO):
     def on_train_batch_start(self, batch, batch_idx):
         if self.snapshot_every and self.ref is not None and batch[1] == 0 and self.global_step and self.global_step % self.snapshot_every == 0: self.renew()
 
-    def configure_callbacks(self): return [Samples(lambda: side_by_side(self.tokenizer, *zip(*self.seen)), *self.sheets)] if self.sheets else []
+    def configure_callbacks(self): return [Samples(lambda: side_by_side(self.tokenizer, *zip(*self.seen), steps=self.paint_steps), *self.sheets)] if self.sheets else []
 
     def keep(self,
         held:Rollout, # of this process

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SeeingTokenizer', 'borrowed_config', 'LitBorrowed', 'ShardPictures', 'train_codes', 'load_codes', 'load_painter',
-           'load_encoder']
+           'painter_name', 'load_encoder']
 
 # %% ../../nbs/47d_train.borrowed.ipynb #7430b0c1
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 import lightning as L, torch
@@ -107,6 +108,7 @@ class ShardPictures:
         from arm.train.shards import Shards
         self.shards, self.grids, self.patch = Shards([f.strip() for f in folders.split(",")]), list(grids), patch
         self.counts = self.shards.counts("image-text")
+        self.ends = list(accumulate(self.counts))
         if not sum(self.counts): raise ValueError(f"{folders} holds no pictures with captions; make such shards with: arm shards convert")
 
     def __call__(self,
@@ -118,7 +120,7 @@ class ShardPictures:
         grid, images, texts, misses, others = None, [], [], 0, 0
         while len(images) < n:
             if misses > 100: raise ValueError("a hundred samples in turn were damaged, had no caption or held codes in place of pictures; check them with: arm shards check")
-            s = rng.choices(range(len(self.counts)), self.counts)[0]
+            s = rng.choices(range(len(self.counts)), cum_weights=self.ends)[0]
             try: item = self.shards.read("image-text", s, rng.randrange(self.counts[s]))
             except Damage: misses += 1; continue
             if not item.words["captions"] or isinstance(item.pictures[0], Tensor): misses += 1; continue
@@ -193,6 +195,13 @@ def load_painter(
     if not siglip: raise ValueError(f"painter={str(name)!r}: codes of `arm train codes` are made of features; add the folder of the towers after a comma")
     return load_codes(folder.strip(), siglip.strip())
 
+def painter_name(
+    name:str|Path, # as for `load_painter`
+) -> str: # the first sixteen digits of its weights' SHA-256, as shards of codes note it
+    "What a picture tokenizer is known by."
+    own = (Path(name) / "config.json").is_file()
+    return file_sum(Arm.file(name, "tokenizer.safetensors") if own else Path(str(name).partition(",")[0].strip()) / "tokenizer.safetensors")[:16]
+
 def load_encoder(
     name:str|Path, # as for `load_painter`
     device:torch.device|str="cpu", # where to encode
@@ -200,6 +209,5 @@ def load_encoder(
     "A picture tokenizer as what makes shards of codes."
     tokenizer, folder = load_painter(name), Path(str(name).partition(",")[0].strip())
     own = (Path(name) / "config.json").is_file()
-    file = Arm.file(name, "tokenizer.safetensors") if own else folder / "tokenizer.safetensors"
     grids = load_json(Path(name) / "config.json")["card"]["grids"] if own else load_json(folder / "grids.json")["grids"]
-    return PictureEncoder(tokenizer.to(device), [tuple(g) for g in grids], name=file_sum(file)[:16], device=device)
+    return PictureEncoder(tokenizer.to(device), [tuple(g) for g in grids], name=painter_name(name), device=device)

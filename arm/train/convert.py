@@ -7,7 +7,7 @@ __all__ = ['SUFFIX', 'read_turns', 'read_row', 'folder_rows', 'jsonl_rows', 'par
            'to_samples', 'convert', 'check_shards']
 
 # %% ../../nbs/47b_train.convert.ipynb #12bf58a1
-import json
+import json, time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -221,19 +221,23 @@ def convert(
     done = index["shards"]
     for k, row in enumerate(done): # what is listed must be there; the rest is made anew
         if not (p := out / row["name"]).exists() or p.stat().st_size != row["bytes"]: del done[k:]; break
-    bar = tqdm(desc="rows", total=n, initial=min(n, len(done) * samples), disable=not progress, mininterval=2)
-    source = rows(len(done) * samples)
-    while len(done) * samples < n:
-        entries, bad, first = [], Counter(), len(done) * samples
-        for a in range(first, min(n, first + samples), 64):
-            parts, wrong = to_samples(list(islice(source, min(64, first + samples - a))), base, encode)
-            entries += [(f"{a + i:09d}", p) for i, p in enumerate(parts) if p]
-            bad += wrong
-            bar.update(len(parts))
-        done.append(list_shard(write_shard(out / f"{len(done):06d}.tar", entries), damaged=bad))
-        total = lambda what: dict(sum((Counter(r[what]) for r in done), Counter()))
-        save_json(out / "index.json", index | dict(samples=total("samples"), damaged=total("damaged"), complete=len(done) * samples >= n))
-    bar.close()
+    sums = {what: sum((Counter(r[what]) for r in done), Counter()) for what in ("samples", "damaged")}
+    def save(): save_json(out / "index.json", index | {what: dict(total) for what, total in sums.items()} | dict(complete=len(done) * samples >= n))
+    source, saved = rows(len(done) * samples), time.monotonic()
+    with tqdm(desc="rows", total=n, initial=min(n, len(done) * samples), disable=not progress, mininterval=2) as bar:
+        try:
+            while len(done) * samples < n:
+                entries, bad, first = [], Counter(), len(done) * samples
+                for a in range(first, min(n, first + samples), 64):
+                    parts, wrong = to_samples(list(islice(source, min(64, first + samples - a))), base, encode)
+                    entries += [(f"{a + i:09d}", p) for i, p in enumerate(parts) if p]
+                    bad += wrong
+                    bar.update(len(parts))
+                done.append(list_shard(write_shard(out / f"{len(done):06d}.tar", entries), damaged=bad))
+                for what, total in sums.items(): total.update(done[-1][what])
+                if time.monotonic() - saved > 10: save(); saved = time.monotonic() # of a hundred thousand shards it is large; what it does not list is made anew
+        finally:
+            if done: save()
     return load_json(out / "index.json")
 
 # %% ../../nbs/47b_train.convert.ipynb #99391a29

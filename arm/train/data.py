@@ -167,5 +167,5 @@ def mixed_pictures(
     def draw(step, rank, world):
         if batch_size % world: raise ValueError(f"batch_size={batch_size} for {world} processes: each needs equally many pictures; take a multiple of {world}")
         b = worlds[step % len(worlds)](make_rng(seed, "pictures", step), batch_size)
-        return Pictures(b.images[rank::world], b.texts[rank::world])
+        return Pictures(b.images[rank::world].clone(), b.texts[rank::world]) if world > 1 else b # a worker would send the whole batch along with a view of it
     return draw

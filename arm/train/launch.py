@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PT', 'LATER', 'NUMBERS', 'POOL_TASKS', 'packed_rows', 'shapes_documents', 'by_task', 'shard_rows', 'open_rows',
-           'read_start', 'keep_model', 'StageARM', 'stage_plan', 'say_plan', 'train_stage']
+           'as_begun', 'same_codes', 'read_start', 'keep_model', 'StageARM', 'stage_plan', 'say_plan', 'train_stage']
 
 # %% ../../nbs/48d_train.launch.ipynb #907d2d2c
 import os, shutil
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 import torch
-from ..core import config_from_dict, load_json, load_metadata, make_rng, same_settings
+from ..core import config_from_dict, load_json, load_metadata, make_rng, same_settings, save_json
 from ..data.openmoji import DATA
 from ..data.text import TextTokenizer
 from ..model.export import export_hub
@@ -22,7 +22,7 @@ from ..model.hub import Growth, hub_config, load_hub
 from ..model.packing import within_documents
 from ..model.sequence import Batch, Sample, Vocab, pack
 from ..model.transformer import ARM, ARMConfig
-from .borrowed import load_encoder, load_painter
+from .borrowed import load_encoder, load_painter, painter_name
 from .cost import Sharding, parameter_counts
 from .place import place, seats
 from .plan import FREE, GPUS, STAGES, describe, step_time
@@ -103,6 +103,7 @@ def by_task(
         out.setdefault(task.strip(), []).append(Path(folder.strip()))
     return out
 
+# %% ../../nbs/48d_train.launch.ipynb #340638f5
 def shard_rows(
     folders:str, # of shards, see `by_task`
     encode:Callable[[list], list[torch.Tensor]]|None, # pictures to (h, w) codes, see `load_encoder`; None if shards hold codes
@@ -120,13 +121,14 @@ def shard_rows(
     if rows % shares: raise ValueError(f"rows={rows} in {shares} equal shares (processes, times pieces of accumulation): take a multiple of {shares}")
     from arm.train.shards import Shards
     from arm.train.stream import ShardedTokens, stage_sources
-    told = by_task(folders)
-    codes = Shards([f for of in told.values() for f in of]).codes # all together: they must hold codes of one tokenizer
+    codes = Shards([f for of in (told := by_task(folders)).values() for f in of]).codes # all together: they must hold codes of one tokenizer
+    if half := [f for of in told.values() for f in of if load_json(f / "index.json").get("complete") is False]: raise ValueError(f"{half[0]} is not converted to its end, and each new shard would move the samples of a run; finish it first: start the same arm shards convert again")
     if encode and (foreign := [folder for name, folder in codes.items() if name != encode.name]): raise ValueError(f"{foreign[0]} holds codes of another picture tokenizer than painter; give the painter that made them, or convert its pictures anew")
     held = {task: Shards(of, codebook_size=vocab.codebook_size) for task, of in told.items()}
     stream = ShardedTokens(stage_sources(mixture, {task: held[task] if task in held else held.get("") for task in mixture}), vocab, words, shares, seed=seed,
                            encode=encode, drop=drop, parts=rows // shares, max_tokens=row, multiple=row, log=log) # one length: what is compiled is compiled once
     stream.batch_size = max(shares, int(.97 * rows * row / stream.mean_tokens()))
+    stream.speaks = next(iter(codes), encode.name if encode else "") # whose codes
     return stream
 
 def open_rows(
@@ -147,9 +149,36 @@ def open_rows(
     if data == "shapes":
         draw = packed_rows(shapes_documents(painter or DATA / "models" / "tiny", words, vocab, drop, seed), mixture, vocab, rows, row, seed)
         draw(0, 0, shares)
+        draw.speaks = painter_name(painter or DATA / "models" / "tiny")
         return draw
     if absent := [f for of in by_task(data).values() for f in of if not f.is_dir()]: raise ValueError(f"data={data!r} is not 'shapes', and {absent[0]} is no folder of shards")
     return shard_rows(data, load_encoder(painter) if painter else None, words, vocab, mixture, rows, row, shares, drop, seed, log)
+
+# %% ../../nbs/48d_train.launch.ipynb #aa88bc15
+def as_begun(
+    draw, # from `open_rows`
+    out:Path, # folder of the run
+    rows:int, # of a step, all processes together
+    begin:bool=False, # note it: the run begins, or goes on, now
+) -> tuple[int, int]: # documents per step and samples in all, in which processes must agree; 0, 0 for the shapes world
+    "Count documents as when the run began, from the same shards."
+    if not hasattr(draw, "orders"): return 0, 0
+    note, now = Path(out) / "reading.json", dict(rows=rows, documents=draw.batch_size, samples=sum(o.total for o in draw.orders))
+    if (Path(out) / "last.json").exists() and note.exists():
+        held = load_json(note)
+        if held["samples"] != now["samples"]: raise ValueError(f"{out} began with {held['samples']:,} samples, and data now holds {now['samples']:,}: it would go on somewhere else; give the shards that it began with, or another folder with --out")
+        if held["rows"] == rows: draw.batch_size = now["documents"] = held["documents"]
+    if begin: save_json(note, now)
+    return now["documents"], now["samples"]
+
+def same_codes(
+    base:str|Path, # model folder of the stage before
+    speaks:str, # tokenizer of the data or of the painter, see `painter_name`; empty: unknown
+) -> str: # whose codes the model will speak
+    "Refuse codes of another picture tokenizer than the one that a model was trained on."
+    held = load_json(note)["codes"] if (note := Path(base) / "codes.json").is_file() else ""
+    if held and speaks and held != speaks: raise ValueError(f"{base} speaks the codes of picture tokenizer {held}, and these are of {speaks}: the same numbers mean other pictures; take the data and the painter that it was trained with")
+    return speaks or held
 
 # %% ../../nbs/48d_train.launch.ipynb #ad482037
 def read_start(
@@ -169,17 +198,27 @@ def keep_model(
     start:str|Path, # whose tokenizer files go along
     dtype:torch.dtype, # of the files
     rank:int=0, # of this process
+    speaks:str="", # picture tokenizer whose codes it speaks, see `same_codes`; empty: unknown
 ) -> None:
     "Gather the weights in the first process and write them, whole or not at all."
     model, half = gathered(module.model, dtype, keep=rank == 0, device="cpu"), out / ".model"
     if model is not None:
         shutil.rmtree(half, ignore_errors=True)
-        os.replace(export_hub(model, half, like=start), out / "model")
+        export_hub(model, half, like=start)
+        if speaks: save_json(half / "codes.json", dict(codes=speaks))
+        os.replace(half, out / "model")
     if torch.distributed.is_initialized(): torch.distributed.barrier() # whoever goes on to the next stage finds it whole
 
 class StageARM(Filled, SpreadARM):
     "The transformer of a stage: filled from a folder, with a warm-up of its own."
-    warmup = 100
+    warmup, reading = 100, (0, 0) # reading: see `as_begun`
+
+    def on_fit_start(self):
+        "All processes read the same documents, or none begins."
+        if not torch.distributed.is_initialized(): return
+        told = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, self.reading)
+        if len({*told}) > 1: raise ValueError(f"processes count unlike documents per step and samples: {sorted({*told})}; a file could not be read, or an index was being written; start the same command again")
 
     def fill(self):
         "Attention within documents: a packed row costs the sum of its documents, as the plan says."
@@ -232,7 +271,7 @@ def train_stage(
     base:str="", # Qwen2.5 folder, or the model folder of the stage before
     *,
     data:str="shapes", # folders of shards with commas between them, some as TASK=FOLDER, or "shapes" for a trial
-    painter:str="", # model folder with the picture tokenizer, or CODES,TOWERS (see `load_painter`); needed where data holds pictures instead of codes
+    painter:str="", # model folder with the picture tokenizer, or CODES,TOWERS (see `load_painter`); needed where data holds pictures instead of codes (they are encoded on the CPU, step by step: for a long run convert them first)
     mixture:dict[str, float]|None=None, # kind of data -> share; None: pre-training's
     steps:int=100, # length of the run
     rows:int=8, # packed rows of a step, all processes together
@@ -272,8 +311,10 @@ def train_stage(
     if same_settings(out, settings, done="model"): return
     cfg, read = read_start(base, growth)
     draw = open_rows(data, painter, TextTokenizer.from_pretrained(base), cfg.vocab, mixture or PT, rows, row, sharding.groups * accumulate, drop, seed, out / "skipped.log")
+    speaks = same_codes(base, getattr(draw, "speaks", ""))
     module = StageARM(shapes_of(cfg), steps, lr=lr, weight_decay=weight_decay, hold=hold, optimizer="adamw")
     module.warmup, module.source, module.resumes = warmup, read, (out / "last.json").exists()
+    module.reading = as_begun(draw, out, rows, begin=here.rank == 0)
     same_settings(out, settings, done="model", begin=here.rank == 0)
     fit_spread(module, draw, steps, out, sharding, accumulate=accumulate, backend=compile, every=every, nodes=here.nodes, num_workers=workers)
-    keep_model(module, out, base, torch.bfloat16 if bf16 else torch.float32, here.rank)
+    keep_model(module, out, base, torch.bfloat16 if bf16 else torch.float32, here.rank, speaks)

@@ -131,12 +131,13 @@ def rl_step_time(
     tokens_per_second:float, # of training, all GPUs together
     samples:int=RL_PICTURES, # pictures per step
     codes:int=4096, # tokens of a picture: 1,024 px (our choice)
+    source:int=0, # tokens of a picture that stands before it, for edits
 ) -> dict[str, float]: # seconds: draw, learn, total
     "Time of a GRPO step without judge and decoder."
     own, P = -(-samples // gpus), cfg.n_layer * counts["block"] + counts["rest"]
-    cache = own * codes / 2 * cfg.n_layer * 2 * cfg.n_kv_head * cfg.head_dim * 2 # bytes, half full on average
+    cache = own * (source + codes / 2) * cfg.n_layer * 2 * cfg.n_kv_head * cfg.head_dim * 2 # bytes, half full on average
     draw = codes * max((2 * P + cache) / gpu.hbm, 2 * P * own / (.6 * gpu.flops))
-    learn = samples * codes / tokens_per_second * 5 / 3 # forward and backward are three forward passes; two more
+    learn = samples * (source + codes) / tokens_per_second * 5 / 3 # forward and backward are three forward passes; two more
     return dict(draw=draw, learn=learn, total=draw + learn)
 
 # %% ../../nbs/46_train.plan.ipynb #ea5e1103

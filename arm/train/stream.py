@@ -212,8 +212,7 @@ class Documents:
         log:str|Path|None=None, # file for damaged samples, see `Skips`
     ):
         self.sources, self.vocab, self.text, self.seed, self.encode, self.drop, self.max_tokens, self.skips = sources, vocab, text, seed, encode, drop, max_tokens, Skips(log)
-        self.turns = Turns([s.share for s in sources], seed)
-        self.orders = [Order(s.shards.counts(READS[s.task]), seed, "order", k) for k, s in enumerate(sources)]
+        self.turns, self.orders = Turns([s.share for s in sources], seed), [Order(s.shards.counts(READS[s.task]), seed, "order", k) for k, s in enumerate(sources)]
 
     def places(self, n:int) -> Iterator[tuple[Source, int, int]]:
         "Where document n lies, and then, one by one, what may stand in for it."
@@ -255,6 +254,10 @@ class Documents:
             waiting = {n: places for n, places in waiting.items() if n not in done}
         return [done[n] for n in numbers]
 
+    def measured(self, numbers:list[int]) -> list[int]: # tokens of each document
+        "Lengths, a few documents at a time: their pictures are read whole, and there may be thousands."
+        return [len(s.input_ids) for a in range(0, len(numbers), 64) for s in self.documents(numbers[a:a + 64], measure=True)]
+
 # %% ../../nbs/47c_train.stream.ipynb #d25eb9a3
 BLOCK = 64 # steps that are packed together
 
@@ -276,13 +279,13 @@ class ShardedTokens(Documents):
     ):
         if batch_size < 1 or parts < 1: raise ValueError(f"batch_size={batch_size}, parts={parts}: each must be at least 1")
         super().__init__(sources, vocab, text, seed=seed, encode=encode, drop=drop, max_tokens=max_tokens, log=log)
-        self.batch_size, self.parts, self.multiple, self.packed = batch_size, parts, multiple, Recent()
+        self.batch_size, self.parts, self.multiple, self.packed = batch_size, parts, multiple, {}
 
     def mean_tokens(self,
         n:int=1024, # documents to look at
     ) -> float: # mean length
         "How long documents are: rows of T tokens hold about T / mean of them."
-        return sum(len(s.input_ids) for s in self.documents(list(range(n)), measure=True)) / n
+        return sum(self.measured(list(range(n)))) / n
 
     def rows(self,
         block:int, # number of a stretch of `BLOCK` steps
@@ -291,7 +294,7 @@ class ShardedTokens(Documents):
     ) -> list[list[int]]: # document numbers of each of its rows
         "Pack all documents that a process reads in a stretch of steps, so that a long one finds its row."
         numbers = list(range(block * BLOCK * self.batch_size, (block + 1) * BLOCK * self.batch_size))[rank::world]
-        rows, left = block_rows([len(s.input_ids) for s in self.documents(numbers, measure=True)], BLOCK * self.parts, self.max_tokens)
+        rows, left = block_rows(self.measured(numbers), BLOCK * self.parts, self.max_tokens)
         if left: self.skips.note("no room", f"steps from {block * BLOCK}, rank {rank} of {world}", len(left))
         make_rng(self.seed, "rows", block, rank, world).shuffle(rows)
         return [[numbers[i] for i in row] for row in rows]
@@ -305,7 +308,9 @@ class ShardedTokens(Documents):
         if self.batch_size < world: raise ValueError(f"batch_size={self.batch_size} for {world} processes: each needs a document; raise it")
         if not self.max_tokens: return split_batch(self.vocab, self.documents(list(range(step * self.batch_size, (step + 1) * self.batch_size))[rank::world]), self.parts)
         block, at = divmod(step, BLOCK)
-        rows = self.packed.once((block, rank, world), lambda: self.rows(block, rank, world))[at * self.parts:(at + 1) * self.parts]
+        if (key := (block, rank, world)) not in self.packed: # for this stretch and its neighbours once, however many pieces a step is accumulated from
+            self.packed = {k: v for k, v in self.packed.items() if abs(k[0] - block) <= 1} | {key: self.rows(*key)}
+        rows = self.packed[key][at * self.parts:(at + 1) * self.parts]
         samples = iter(self.documents([i for row in rows for i in row]))
         full = [[next(samples) for _ in row] for row in rows]
         for row in full:
