@@ -1820,8 +1820,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'arm.train.launch.StageARM.configure_optimizers': ( 'train.launch.html#stagearm.configure_optimizers',
                                                                                       'arm/train/launch.py'),
                                   'arm.train.launch.StageARM.fill': ('train.launch.html#stagearm.fill', 'arm/train/launch.py'),
-                                  'arm.train.launch.StageARM.on_fit_start': ( 'train.launch.html#stagearm.on_fit_start',
-                                                                              'arm/train/launch.py'),
                                   'arm.train.launch._numbers': ('train.launch.html#_numbers', 'arm/train/launch.py'),
                                   'arm.train.launch.as_begun': ('train.launch.html#as_begun', 'arm/train/launch.py'),
                                   'arm.train.launch.by_task': ('train.launch.html#by_task', 'arm/train/launch.py'),
@@ -2194,5 +2192,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'arm.train.whole': { 'arm.train.whole.Filled': ('train.whole.html#filled', 'arm/train/whole.py'),
                                  'arm.train.whole.Filled.fill': ('train.whole.html#filled.fill', 'arm/train/whole.py'),
                                  'arm.train.whole.Filled.fill_pieces': ('train.whole.html#filled.fill_pieces', 'arm/train/whole.py'),
+                                 'arm.train.whole.Filled.setup': ('train.whole.html#filled.setup', 'arm/train/whole.py'),
                                  'arm.train.whole.gathered': ('train.whole.html#gathered', 'arm/train/whole.py'),
                                  'arm.train.whole.shapes_of': ('train.whole.html#shapes_of', 'arm/train/whole.py')}}}

@@ -121,7 +121,8 @@ def shard_rows(
     if rows % shares: raise ValueError(f"rows={rows} in {shares} equal shares (processes, times pieces of accumulation): take a multiple of {shares}")
     from arm.train.shards import Shards
     from arm.train.stream import ShardedTokens, stage_sources
-    codes = Shards([f for of in (told := by_task(folders)).values() for f in of]).codes # all together: they must hold codes of one tokenizer
+    told = by_task(folders)
+    codes = Shards([f for of in told.values() for f in of]).codes # all together: they must hold codes of one tokenizer
     if half := [f for of in told.values() for f in of if load_json(f / "index.json").get("complete") is False]: raise ValueError(f"{half[0]} is not converted to its end, and each new shard would move the samples of a run; finish it first: start the same arm shards convert again")
     if encode and (foreign := [folder for name, folder in codes.items() if name != encode.name]): raise ValueError(f"{foreign[0]} holds codes of another picture tokenizer than painter; give the painter that made them, or convert its pictures anew")
     held = {task: Shards(of, codebook_size=vocab.codebook_size) for task, of in told.items()}
@@ -211,14 +212,7 @@ def keep_model(
 
 class StageARM(Filled, SpreadARM):
     "The transformer of a stage: filled from a folder, with a warm-up of its own."
-    warmup, reading = 100, (0, 0) # reading: see `as_begun`
-
-    def on_fit_start(self):
-        "All processes read the same documents, or none begins."
-        if not torch.distributed.is_initialized(): return
-        told = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(told, self.reading)
-        if len({*told}) > 1: raise ValueError(f"processes count unlike documents per step and samples: {sorted({*told})}; a file could not be read, or an index was being written; start the same command again")
+    warmup = 100
 
     def fill(self):
         "Attention within documents: a packed row costs the sum of its documents, as the plan says."

@@ -25,6 +25,17 @@ def shapes_of(
 class Filled:
     "Mixed into a `Spread` module: its transformer may come without memory, and is filled when the places for it are cut."
     source, resumes = None, False # reads the weights; is a checkpoint about to bring them all?
+    reading = () # what else this process has found on disk: all must have found the same
+
+    def setup(self, stage:str) -> None:
+        "What processes have found on disk is the same, or none begins: they would wait for each other, or draw unlike documents."
+        super().setup(stage)
+        if not dist.is_initialized(): return
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (self.resumes, *self.reading))
+        if len({*told}) == 1: return
+        self._modules.clear() # Lightning moves what is left of a failed run to the CPU, and weights without memory cannot move: its complaint would be the last word
+        raise ValueError(f"processes found unlike things on disk (a checkpoint, documents per step, samples): {sorted({*told})}; a file could not be read, or was being written; start the same command again")
 
     def fill(self):
         "Weights from the first process if they are in pieces, else read by each."
