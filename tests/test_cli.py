@@ -20,6 +20,8 @@ from tools.strangers import chunk, encoded, files, icon, note, png, png16, refus
 from arm.app import terminal
 from arm.app.cli import main
 from arm.core import atomic_write
+from arm.model.export import export_hub
+from arm.model.tasks import Arm
 
 ARM = Path(sys.executable).parent/"arm"
 RIGHT = scene()  # 48 px wide, 32 px high
@@ -149,6 +151,18 @@ def test_refuses_no_words_too_many_words_and_no_text(prompt, says, here, model):
 
 
 # ---- what comes out -----------------------------------------------------------------------------------------------------------
+
+def test_a_transformer_and_its_picture_tokenizer_from_two_places(here, model):
+    arm = Arm.from_pretrained(model)
+    export_hub(arm.model, here/"sft", text=arm.text)
+    assert "name its picture tokenizer after a comma" in refused(here, "imagine", "a cat", "--model", "sft")
+    assert "no model folder" in refused(here, "imagine", "a cat", "--model", f"nowhere,{model}")
+    assert "nowhere" in refused(here, "imagine", "a cat", "--model", "sft,nowhere")
+    assert run("imagine", "a cat", "--size", "32x48", "-o", "joined.png", "--model", f"sft,{model}")[0] == 0
+    assert run("imagine", "a cat", "--size", "32x48", "-o", "whole.png", "--model", model)[0] == 0
+    assert Path("joined.png").read_bytes() == Path("whole.png").read_bytes()
+    assert run("ask", "in.png", "what is it?", "--model", f"sft,{model}")[0] == 0
+
 
 def test_imagine_writes_what_was_asked(here, model):
     code, out, err = run("imagine", "a cat", "--size", "32x48", "--n", 3, "--seed", 5, "-o", "new/cat.png", "--model", model)

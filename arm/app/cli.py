@@ -69,7 +69,7 @@ def _options(*groups: str) -> Parser:
         p.add_argument("--render-guidance", type=number(float, 0, 100), default=0., metavar="X", help="guidance of the renderer by the tokens; 1: none; 0: its own (default)")
         p.add_argument("--render-shift", type=number(float, 0, 100), default=0., metavar="X", help="time shift of its steps, above 1: more of them where noise is; 0: its own (default)")
     if "plan" in groups: p.add_argument("--no-plan", action="store_true", help="no words before the picture or the answer, where the model is used to them")
-    p.add_argument("--model", default=str(MODEL), metavar="DIR", help="model folder (default: the shipped one, data/models/tiny-rl)")
+    p.add_argument("--model", default=str(MODEL), metavar="DIR", help="model folder (default: the shipped one, data/models/tiny-rl); or, with commas, what a stage at the paper's size left and its picture tokenizer: MODEL,CODES,TOWERS")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps or auto (default cpu)")
     return p
 

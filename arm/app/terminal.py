@@ -105,16 +105,22 @@ MODEL = Path(arm.__file__).resolve().parents[1]/"data"/"models"/"tiny-rl"  # the
 START = MODEL.with_name("tiny")  # those that they went on from
 RENDERERS = MODEL.with_name("renderers") # the shipped painters of its tokens
 
-def load_model(path: str | Path, # folder written by `Arm.save_pretrained`
+def load_model(path: str | Path, # folder written by `Arm.save_pretrained`; or what a stage at the paper's size left, and after a comma its picture tokenizer
                device: str = "cpu", # as for `pick_device`
                plan: bool | None = None, # words before pictures and answers; None: as its card says
                ): # an `Arm`
     "The model, or a `ValueError` of one line whatever is wrong with its folder."
     from arm.core import pick_device
     where = pick_device(device)
-    if not os.path.isdir(path): raise ValueError(f"{path} is no model folder; give --model a folder written by: arm train all")
+    folder, _, painter = (str(path), "", "") if os.path.isdir(path) else str(path).partition(",")
+    if not os.path.isdir(folder): raise ValueError(f"{folder} is no model folder; give --model a folder written by: arm train all")
+    if not painter and os.path.isfile(f"{folder}/model.safetensors.index.json") | os.path.isfile(f"{folder}/model.safetensors"): raise ValueError(f"{folder} holds a transformer alone, as a stage at the paper's size leaves it; name its picture tokenizer after a comma: --model {folder},CODES,TOWERS")
     from arm.model.tasks import Arm
-    try: model = Arm.from_pretrained(path, where)
+    try:
+        if painter:
+            from arm.train.borrowed import compose
+            model = compose(folder, painter, where)
+        else: model = Arm.from_pretrained(path, where)
     except Exception as e:  # settings that no model can have fail in as many ways as there are layers
         told = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         named = re.escape(str(Path(path))) + r"([:/\\ ]|$)|" + re.escape(str(Path(path)/"x")[:-1]) + r"(config|text|arm|tokenizer)\." # the folder, or a file in it

@@ -28,9 +28,9 @@ from .rewards import Reward
 from .rubrics import RUBRICS, Judgement, Opinion, judge_rewards
 from .spread import SpreadGRPO
 from ..tokenizer.model import VisualTokenizer
-from ..train.borrowed import load_painter, painter_name
+from ..train.borrowed import load_painter, painter_name, same_codes
 from ..train.cost import Row, Sharding, memory, parameter_counts
-from ..train.launch import keep_model, read_start, same_codes
+from ..train.launch import keep_model, read_start
 from ..train.place import place, seats
 from ..train.plan import FREE, GPUS, RL_STEPS, rl_step_time, step_time
 from ..train.strategies import fit_spread

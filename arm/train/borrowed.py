@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SeeingTokenizer', 'borrowed_config', 'LitBorrowed', 'ShardPictures', 'train_codes', 'load_codes', 'load_painter',
-           'painter_name', 'load_encoder']
+           'painter_name', 'painter_grids', 'load_encoder', 'same_codes', 'compose']
 
 # %% ../../nbs/47d_train.borrowed.ipynb #7430b0c1
 from collections.abc import Sequence
@@ -17,6 +17,9 @@ from torch import Tensor
 from ..core import config_from_dict, config_to_dict, load_json, load_tensors, load_weights, pick_device, same_settings, save_json, save_tensors
 from ..data.pictures import fit_picture
 from ..data.shapes import CANVASES, CELL
+from ..data.text import TextTokenizer
+from ..model.hub import load_hub
+from ..model.layers import by_columns
 from ..model.tasks import Arm
 from ..tokenizer.losses import caption_loss, feature_loss
 from ..tokenizer.model import TokenizerConfig, VisualTokenizer
@@ -202,12 +205,39 @@ def painter_name(
     own = (Path(name) / "config.json").is_file()
     return file_sum(Arm.file(name, "tokenizer.safetensors") if own else Path(str(name).partition(",")[0].strip()) / "tokenizer.safetensors")[:16]
 
+def painter_grids(
+    name:str|Path, # as for `load_painter`
+) -> list[tuple[int, int]]: # (h, w) in patches
+    "The sizes that a picture tokenizer was trained on."
+    own, folder = Path(name) / "config.json", Path(str(name).partition(",")[0].strip())
+    return [tuple(g) for g in (load_json(own)["card"]["grids"] if own.is_file() else load_json(folder / "grids.json")["grids"])]
+
 def load_encoder(
     name:str|Path, # as for `load_painter`
     device:torch.device|str="cpu", # where to encode
 ) -> PictureEncoder: # pictures to grids of codes, named after the weights
     "A picture tokenizer as what makes shards of codes."
-    tokenizer, folder = load_painter(name), Path(str(name).partition(",")[0].strip())
-    own = (Path(name) / "config.json").is_file()
-    grids = load_json(Path(name) / "config.json")["card"]["grids"] if own else load_json(folder / "grids.json")["grids"]
-    return PictureEncoder(tokenizer.to(device), [tuple(g) for g in grids], name=painter_name(name), device=device)
+    return PictureEncoder(load_painter(name).to(device), painter_grids(name), name=painter_name(name), device=device)
+
+# %% ../../nbs/47d_train.borrowed.ipynb #0260fd3a
+def same_codes(
+    base:str|Path, # model folder of the stage before
+    speaks:str, # tokenizer of the data or of the painter, see `painter_name`; empty: unknown
+) -> str: # whose codes the model will speak
+    "Refuse codes of another picture tokenizer than the one that a model was trained on."
+    held = load_json(note)["codes"] if (note := Path(base) / "codes.json").is_file() else ""
+    if held and speaks and held != speaks: raise ValueError(f"{base} speaks the codes of picture tokenizer {held}, and these are of {speaks}: the same numbers mean other pictures; take the data and the painter that it was trained with")
+    return speaks or held
+
+def compose(
+    model:str|Path, # what a stage left, or another folder of `export_hub`
+    painter:str|Path, # its picture tokenizer, as for `load_painter`
+    device:torch.device|str="cpu", # where to compute
+) -> Arm: # ready for all verbs
+    "A transformer and a picture tokenizer from two places."
+    if not (Path(model) / "arm.safetensors").is_file(): raise ValueError(f"{model} holds no arm.safetensors, so it knows no pictures; give the model folder that a stage has left")
+    same_codes(model, painter_name(painter))
+    run = Path(model).resolve().parent.name if Path(model).name == "model" else Path(model).name
+    arm = Arm(load_painter(painter), load_hub(model), TextTokenizer.from_pretrained(model), dict(name=run, grids=[list(g) for g in painter_grids(painter)], max_prompt=1024)).to(device)
+    by_columns(arm.model)
+    return arm

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PT', 'LATER', 'NUMBERS', 'POOL_TASKS', 'packed_rows', 'shapes_documents', 'by_task', 'shard_rows', 'open_rows',
-           'as_begun', 'same_codes', 'read_start', 'keep_model', 'StageARM', 'stage_plan', 'say_plan', 'train_stage']
+           'as_begun', 'read_start', 'keep_model', 'StageARM', 'stage_plan', 'say_plan', 'train_stage']
 
 # %% ../../nbs/48d_train.launch.ipynb #907d2d2c
 import os, shutil
@@ -22,7 +22,7 @@ from ..model.hub import Growth, hub_config, load_hub
 from ..model.packing import within_documents
 from ..model.sequence import Batch, Sample, Vocab, pack
 from ..model.transformer import ARM, ARMConfig
-from .borrowed import load_encoder, load_painter, painter_name
+from .borrowed import load_encoder, load_painter, painter_name, same_codes
 from .cost import Sharding, parameter_counts
 from .place import place, seats
 from .plan import FREE, GPUS, STAGES, describe, step_time
@@ -171,15 +171,6 @@ def as_begun(
         if held["rows"] == rows: draw.batch_size = now["documents"] = held["documents"]
     if begin: save_json(note, now)
     return now["documents"], now["samples"]
-
-def same_codes(
-    base:str|Path, # model folder of the stage before
-    speaks:str, # tokenizer of the data or of the painter, see `painter_name`; empty: unknown
-) -> str: # whose codes the model will speak
-    "Refuse codes of another picture tokenizer than the one that a model was trained on."
-    held = load_json(note)["codes"] if (note := Path(base) / "codes.json").is_file() else ""
-    if held and speaks and held != speaks: raise ValueError(f"{base} speaks the codes of picture tokenizer {held}, and these are of {speaks}: the same numbers mean other pictures; take the data and the painter that it was trained with")
-    return speaks or held
 
 # %% ../../nbs/48d_train.launch.ipynb #ad482037
 def read_start(
