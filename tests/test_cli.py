@@ -552,8 +552,8 @@ def test_studies_get_what_was_typed_and_the_help_knows_them_all(here, monkeypatc
     from arm.app import study as module
     seen = []
     monkeypatch.setattr(module, "study", lambda *args: seen.append(args))
-    for argv in (["bits"], ["bits", "--out", "there", "--seeds", "1", "--steps=20"], ["transfer", "--start", "runs/mine"]): assert run("study", *argv) == (0, "", "")
-    assert seen == [("bits", "runs/studies", 3, 0, ""), ("bits", "there", 1, 20, ""), ("transfer", "runs/studies", 3, 0, "runs/mine")]
+    for argv in (["bits"], ["bits", "--out", "there", "--seeds", "1", "--steps=20"], ["transfer", "--start", "runs/mine", "--record", "kept"]): assert run("study", *argv) == (0, "", "")
+    assert seen == [("bits", "runs/studies", 3, 0, "", ""), ("bits", "there", 1, 20, "", ""), ("transfer", "runs/studies", 3, 0, "runs/mine", "kept")]
     told = "".join(run("study", "--help")[1].split())  # lines break within names
     assert all(name in told for name in module.STUDIES)
 
