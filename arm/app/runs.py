@@ -98,7 +98,8 @@ def started(
         else: path.unlink(missing_ok=True)
         if not there and not any(out.iterdir()): out.rmdir()
         raise
-    starts = load_json(path)["starts"]
+    starts = read_facts(path)[0].get("starts")
+    if not isinstance(starts, list) or not starts or not isinstance(starts[-1], dict): return # somebody took the note away meanwhile: the training stands all the same
     starts[-1]["seconds"] = round(time.monotonic() - begun)
     save_json(path, dict(starts=starts))
 
