@@ -179,7 +179,7 @@ def before_and_after(before: Arm, # the model that training went on from
     def how(draw, judges):
         right = [sum(judge(x).ok for judge, x in zip(judges, draw(m, 0.))) for m in (before, after)]
         return (f"Both at temperature 1 with the same seeds; before is {before.card['name']}, after is {after.card['name']}. The score counts the model after. "
-                f"Drawn greedily, {right[0]} of {len(judges)} are right before and {right[1]} after: what is left of the gain there is skill, the rest is a sharper model.")
+                f"Drawn greedily, {right[0]} of {len(judges)} are right before and {right[1]} after; a gain at temperature 1 alone may be no more than a sharper model.")
     return [Section("Before and after: words to pictures", how(make, by_caption), made), Section("Before and after: edits", how(change, by_edit), edited)]
 
 # %% ../../nbs/91_app.demo.ipynb #45f2ab1f
